@@ -1,0 +1,262 @@
+"""Gating a pipeline: `apply_tgate` attaches processors and a hook, and the handle takes them away again."""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from tgate_processors import pipelines
+from tgate_processors.cost import Evaluation, on_meta, run_macs
+from tgate_processors.errors import ConfigError, StateError
+from tgate_processors.gate import Gate
+from tgate_processors.guidance import Inputs, halves_are_equal, repeat_branch, sample_of, take_branch
+from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, ungated
+from tgate_processors.schedule import Schedule, StepClock, TGateConfig
+from tgate_processors.summary import Summary
+
+
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+def apply_tgate(
+    pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCallback | None = None
+) -> "TGate":
+    """Gate a diffusers pipeline; its own `__call__` runs as before.
+
+        tgate = apply_tgate(pipe, TGateConfig(gate_step=10))
+        image = pipe(prompt, num_inference_steps=25, callback_on_step_end=tgate).images[0]
+        tgate.remove()
+
+    Args:
+        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers.
+        config: When the gate closes, and what is reused.
+        callback_on_step_end: A callback of your own, called after every step beside the handle's work.
+
+    Returns:
+        The handle: the pipeline's `callback_on_step_end`, and a context manager that removes itself.
+
+    Raises:
+        UnsupportedPipelineError: Nothing in the pipeline can be gated.
+        StateError: The pipeline is gated already.
+    """
+    if not isinstance(config, TGateConfig):
+        raise ConfigError(
+            f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`."
+        )
+    denoiser = pipelines.denoiser_of(pipe)
+    if any(_gate_of(layer.processor) for layer in attention_layers(denoiser).values()):
+        raise StateError(
+            f"`pipe` must not be gated already, got a gated {type(denoiser).__name__}. "
+            "Call `remove()` on the handle of the first `apply_tgate`, then apply again."
+        )
+    return TGate(pipe, denoiser, config, callback_on_step_end)
+
+
+@dataclass
+class _Run:
+    """One denoising loop of the pipeline, from its first evaluation on."""
+
+    timesteps: "weakref.ref[torch.Tensor]"  # every `set_timesteps` makes a new tensor, and so a new run
+    clock: StepClock
+    inputs: Inputs  # of the first evaluation, on the meta device
+    guided: bool | None = None  # None until the gate has to know
+    guided_batch: int = 0
+    folded: bool = False  # the evaluation under way
+    evaluations: list[Evaluation] = field(default_factory=list)
+    num_done: int = 0
+    num_callbacks: int = 0
+
+
+class TGate:
+    """What `apply_tgate` put on a pipeline. Made by it alone.
+
+    Attributes:
+        config: The settings.
+        gate: The state of the run; closed in the fidelity-improving phase.
+        callback_on_step_end: A callback of your own, called with the pipeline's arguments after every step.
+        tensor_inputs: Empty; diffusers' `MultiPipelineCallbacks` asks for it.
+    """
+
+    tensor_inputs: list[str] = []
+
+    def __init__(
+        self, pipe: Any, denoiser: Any, config: TGateConfig, callback_on_step_end: StepCallback | None
+    ) -> None:
+        self.config = config
+        self.gate = Gate(config)
+        self.callback_on_step_end = callback_on_step_end
+        self._pipe = pipe
+        self._denoiser = denoiser
+        self._branch = config.branch or pipelines.family_of(pipe).branch
+        self._moved_by_callback = pipelines.takes_callback(pipe)
+        self._run: _Run | None = None
+        self._originals: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = []
+        try:
+            self._gate_layers()
+            self._hooks.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks.append(denoiser.register_forward_hook(self._after))
+        except BaseException:
+            self.remove()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __call__(
+        self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Move the gate on after a step; this is the pipeline's `callback_on_step_end`."""
+        run = self._run
+        if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
+            raise StateError(
+                f"`callback_on_step_end` was called after a step in which the gated {type(self._denoiser).__name__} "
+                "was not evaluated. If the pipeline has another denoiser now, `remove()` and apply again."
+            )
+        run.num_callbacks += 1
+        if self._moved_by_callback:
+            self._advance(run, step_index + 1)
+        if self.callback_on_step_end is not None:
+            callback_kwargs = self.callback_on_step_end(pipe, step_index, timestep, callback_kwargs)
+        if getattr(pipe, "interrupt", False):
+            self.gate.stop()  # no step follows
+        return callback_kwargs
+
+    def remove(self) -> None:
+        """Take everything away: the same processor objects are back, the hook is gone. Safe to call twice.
+
+        A processor that someone else has put in since stays, with a warning.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        originals, self._originals = self._originals, {}
+        if originals:
+            self._restore(originals)
+        self.gate.stop()
+        self.gate.layers = []
+
+    def summary(self) -> Summary:
+        """What the last run did. Counts its arithmetic on the meta device, in a second or so.
+
+        Raises:
+            StateError: No run was made.
+        """
+        run = self._run
+        if run is None or not run.evaluations:
+            raise StateError("`summary` was called before a run. Run the pipeline first, then ask.")
+        layers = attention_layers(self._denoiser).values()
+        cross_layers = sum(bool(getattr(layer, "is_cross_attention", False)) for layer in layers)
+        return Summary(
+            schedule=Schedule(self.config, run.clock.num_steps, guidance=bool(run.guided)),
+            evaluations=tuple(run.evaluations),
+            cross_layers=cross_layers,
+            self_layers=len(layers) - cross_layers,
+            cache_bytes=self.gate.peak_cache_bytes,
+            macs=run_macs(self._denoiser, self.config, run.inputs, run.evaluations),
+        )
+
+    # The hook on the denoiser
+
+    def _before(
+        self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Inputs | None:
+        run = self._run
+        if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
+            run = self._run = self._begin((args, kwargs))
+        self._check_callback(run)
+        if self.gate.schedule is None:
+            return None  # the run is over: someone evaluates the denoiser on their own
+        batch = sample_of((args, kwargs)).shape[0]
+        self._settle_guidance(run, sample_of((args, kwargs)))
+        run.folded = self.gate.closed and bool(run.guided) and batch == run.guided_batch
+        run.evaluations.append(Evaluation(self.gate.mode, batch // 2 if run.folded else batch))
+        return take_branch((args, kwargs), batch, self._branch) if run.folded else None
+
+    def _after(self, denoiser: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run = self._run
+        assert run is not None
+        run.num_done += 1
+        if not self._moved_by_callback:
+            self._advance(run, run.num_done)
+        return repeat_branch(output, run.guided_batch) if run.folded else None
+
+    def _begin(self, inputs: Inputs) -> _Run:
+        self._gate_layers()
+        clock = pipelines.step_clock(self._pipe)
+        self.gate.start(clock.num_steps, guidance=False)
+        return _Run(weakref.ref(self._pipe.scheduler.timesteps), clock, on_meta(inputs))
+
+    def _advance(self, run: _Run, evaluation: int) -> None:
+        if evaluation < run.clock.num_evaluations:
+            self.gate.advance(to_step=run.clock.step(evaluation))
+        else:
+            self.gate.stop()
+
+    def _check_callback(self, run: _Run) -> None:
+        if self._moved_by_callback and run.num_done > run.num_callbacks:
+            raise StateError(
+                "`callback_on_step_end` must be the handle that `apply_tgate` returned, but it was not called after "
+                f"evaluation {run.num_done}. Pass it to the pipeline: `pipe(..., callback_on_step_end=tgate)`; "
+                "give a callback of your own to `apply_tgate`."
+            )
+
+    def _settle_guidance(self, run: _Run, sample: torch.Tensor) -> None:
+        """Find out whether the batch is `[negative, positive]`, as late as the gate allows."""
+        if run.guided is not None or self.gate.step < self.config.gate_step - 1:
+            return
+        guided = pipelines.does_guidance(self._pipe)
+        if guided is None:
+            if self.gate.step == 0:
+                return  # two pictures may start from the same noise; in the next step they differ
+            guided = halves_are_equal(sample)
+        run.guided, run.guided_batch = guided, sample.shape[0]
+        self.gate.set_guidance(guided)
+
+    # The processors
+
+    def _gate_layers(self) -> None:
+        """Put gated processors on every layer that has none, over whatever it has."""
+        if self._originals and all(map(self._is_ours, self._gated_now())):
+            return
+        processors = gated_processors(self._denoiser, self.gate)
+        for name, layer in attention_layers(self._denoiser).items():
+            if isinstance(processors[name], GatedProcessor) and not self._is_ours(layer.processor):
+                self._originals[name] = ungated(layer.processor)
+        self._denoiser.set_attn_processor(processors)
+
+    def _gated_now(self) -> list[Any]:
+        layers = attention_layers(self._denoiser)
+        return [layers[name].processor for name in self._originals]
+
+    def _is_ours(self, processor: Any) -> bool:
+        return _gate_of(processor) is self.gate
+
+    def _restore(self, originals: dict[str, Any]) -> None:
+        processors, replaced = {}, []
+        for name, layer in attention_layers(self._denoiser).items():
+            ours = self._is_ours(layer.processor)
+            processors[name] = originals[name] if ours else ungated(layer.processor)
+            if name in originals and not isinstance(layer.processor, GatedProcessor):
+                replaced.append(name)
+        self._denoiser.set_attn_processor(processors)
+        if replaced:
+            warnings.warn(
+                f"{len(replaced)} attention processors were replaced while the pipeline was gated and stay as they "
+                f"are, the first of them `{replaced[0]}`.",
+                stacklevel=3,
+            )
+
+
+def _gate_of(processor: Any) -> Gate | None:
+    return processor.gate if isinstance(processor, GatedProcessor) else None

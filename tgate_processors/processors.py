@@ -1,0 +1,174 @@
+"""Gated attention processors: a processor's own class, plus a gate that decides whether it has to compute."""
+
+import functools
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from tgate_processors.errors import UnsupportedPipelineError
+from tgate_processors.gate import Gate, mean_of_halves
+from tgate_processors.schedule import AttentionMode
+
+
+class GatedProcessor:
+    """Mixin over an attention processor: computes with the class below it, stores the output, or reuses it.
+
+    What is stored is the output before the layer's residual connection and rescaling, `(batch, tokens, channels)`;
+    a layer with either adds its own fresh residual on reuse. Without a gate the processor only computes, so a
+    gated class can be made as diffusers makes processors anew (`type(processor)()`).
+    """
+
+    gate: Gate | None = None
+    is_cross_attention: bool = False
+    cached: torch.Tensor | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if GatedProcessor not in cls.__bases__:
+            return  # a subclass of a gated class is gated already
+        below = super(GatedProcessor, cls).__call__  # type: ignore[misc]  # the class below is callable
+
+        # `Attention.forward` passes on only the keywords that the signature names, so it must be the one below.
+        @functools.wraps(below)
+        def __call__(
+            self: GatedProcessor,
+            attn: torch.nn.Module,
+            hidden_states: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            mode = self.mode
+            if mode is AttentionMode.REUSE:
+                return self._reuse(attn, hidden_states)
+            output: torch.Tensor = below(self, attn, hidden_states, *args, **kwargs)
+            if mode is not AttentionMode.COMPUTE:
+                self._store(attn, hidden_states, output, mean=mode is AttentionMode.STORE_MEAN)
+            return output
+
+        cls.__call__ = __call__  # type: ignore[attr-defined]
+
+    @property
+    def mode(self) -> AttentionMode:
+        """What the layer does in this step."""
+        if self.gate is None:
+            return AttentionMode.COMPUTE
+        return self.gate.cross_attention if self.is_cross_attention else self.gate.self_attention
+
+    def _store(
+        self, attn: torch.nn.Module, hidden_states: torch.Tensor, output: torch.Tensor, *, mean: bool
+    ) -> None:
+        if _rescales(attn):
+            output = output * attn.rescale_output_factor
+        if _adds_residual(attn):
+            output = output - hidden_states
+        self.cached = mean_of_halves(output) if mean else output
+
+    def _reuse(self, attn: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self.cached
+        assert output is not None, "the schedule stores before it reuses"
+        if _adds_residual(attn):
+            output = output + hidden_states
+        return output / attn.rescale_output_factor if _rescales(attn) else output
+
+
+def _adds_residual(attn: torch.nn.Module) -> bool:
+    return bool(getattr(attn, "residual_connection", False))
+
+
+def _rescales(attn: torch.nn.Module) -> bool:
+    return getattr(attn, "rescale_output_factor", 1.0) != 1.0
+
+
+class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):
+    """diffusers' default processor, gated."""
+
+
+@functools.cache
+def gated_class(base: type) -> type[GatedProcessor]:
+    """The gated class over a processor class: the same one at every call."""
+    if base is AttnProcessor2_0:
+        return TGateAttnProcessor2_0
+    doc = f"`{base.__name__}`, gated."
+    return type(f"TGate{base.__name__}", (GatedProcessor, base), {"__module__": __name__, "__doc__": doc})
+
+
+def gated(processor: Any, gate: Gate, *, is_cross_attention: bool) -> GatedProcessor:
+    """A gated copy of `processor` with the same attributes, for one layer."""
+    cls = gated_class(type(processor))
+    copy = cls.__new__(cls)
+    copy.__dict__.update(vars(processor))
+    copy.gate = gate
+    copy.is_cross_attention = is_cross_attention
+    return copy
+
+
+def ungated(processor: Any) -> Any:
+    """What `processor` would be without its gate: itself, unless it is gated."""
+    if not isinstance(processor, GatedProcessor):
+        return processor
+    mro = type(processor).__mro__
+    base = mro[mro.index(GatedProcessor) + 1]
+    plain = base.__new__(base)
+    plain.__dict__.update(
+        {k: v for k, v in vars(processor).items() if k not in GatedProcessor.__annotations__}
+    )
+    return plain
+
+
+def attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The attention layers of a denoiser by their names in `denoiser.attn_processors`."""
+    names: dict[str, Any] = getattr(denoiser, "attn_processors", {})
+    return {name: denoiser.get_submodule(name.removesuffix(".processor")) for name in names}
+
+
+def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
+    """Processors for `denoiser.set_attn_processor(...)`: gated where `gate` has something to decide.
+
+    Every cross-attention layer gets a gated copy of the processor that it has; self-attention layers too where
+    the configuration reuses self-attention. The other layers keep the very processors that they have.
+
+    Args:
+        denoiser: A model with `attn_processors`, such as `pipe.unet` or PixArt's `pipe.transformer`.
+        gate: Moves the processors from step to step; they become its layers.
+
+    Raises:
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
+    """
+    processors = {}
+    for name, layer in attention_layers(denoiser).items():
+        processor = ungated(layer.processor)
+        if _is_gated(layer, gate):
+            processor = gated(processor, gate, is_cross_attention=_is_cross_attention(layer))
+        processors[name] = processor
+    gate.layers = [processor for processor in processors.values() if isinstance(processor, GatedProcessor)]
+    if not any(layer.is_cross_attention for layer in gate.layers):
+        raise UnsupportedPipelineError(_why_nothing_to_gate(denoiser))
+    return processors
+
+
+def _is_gated(layer: torch.nn.Module, gate: Gate) -> bool:
+    if getattr(layer, "added_kv_proj_dim", None) is not None:
+        return False  # self- and cross-attention are one operation: there is no output of its own to keep
+    return _is_cross_attention(layer) or gate.config.reuses_self_attention
+
+
+def _is_cross_attention(layer: torch.nn.Module) -> bool:
+    return bool(getattr(layer, "is_cross_attention", False))
+
+
+def _why_nothing_to_gate(denoiser: torch.nn.Module) -> str:
+    name = type(denoiser).__name__
+    layers = attention_layers(denoiser)
+    if not layers:
+        reason = "it has no `attn_processors`"
+    elif any(getattr(layer, "added_kv_proj_dim", None) is not None for layer in layers.values()):
+        reason = (
+            "its text joins self-attention (joint or added-KV attention), so no cross-attention has an output"
+        )
+    else:
+        reason = f"none of its {len(layers)} attention layers attends to a prompt"
+    return (
+        f"`denoiser` must have cross-attention layers to gate, got {name}: {reason}. "
+        "Pass a denoiser with separate cross-attention, such as `UNet2DConditionModel` or `PixArtTransformer2DModel`."
+    )

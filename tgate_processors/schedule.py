@@ -1,0 +1,210 @@
+"""When attention is computed, stored and reused: pure data, no torch, no state.
+
+The method is T-GATE's (Zhang et al. 2024, arXiv 2404.02747v1, and Liu et al. 2025, arXiv 2404.02747v2). A run of
+`num_inference_steps` steps (0-based) is a semantics-planning phase up to `gate_step - 1` and a
+fidelity-improving phase from `gate_step` on.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from enum import Enum
+from itertools import groupby
+from typing import Literal
+
+from tgate_processors.errors import ConfigError
+
+
+Branch = Literal["negative", "positive"]
+
+
+class AttentionMode(Enum):
+    """What every attention layer of one kind does in a step."""
+
+    COMPUTE = "compute"
+    STORE = "compute, store"
+    STORE_MEAN = "compute, store the mean of the halves"
+    REUSE = "reuse"
+
+
+class Phase(Enum):
+    PLANNING = "semantics-planning"
+    FIDELITY = "fidelity-improving"
+
+
+class StepMode(Enum):
+    """The legal states of a step: its phase, the mode of cross-attention, the mode of self-attention.
+
+    `CLOSING` is the last step of the planning phase. With classifier-free guidance it stores the mean of the
+    two halves of the batch, since one branch goes on; without guidance (`_UNGUIDED`) it stores what it has.
+    """
+
+    PLANNING = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.COMPUTE
+    PLANNING_STORE_SELF = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.STORE
+    PLANNING_REUSE_SELF = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.REUSE
+    CLOSING = Phase.PLANNING, AttentionMode.STORE_MEAN, AttentionMode.COMPUTE
+    CLOSING_STORE_SELF = Phase.PLANNING, AttentionMode.STORE_MEAN, AttentionMode.STORE_MEAN
+    CLOSING_UNGUIDED = Phase.PLANNING, AttentionMode.STORE, AttentionMode.COMPUTE
+    CLOSING_UNGUIDED_STORE_SELF = Phase.PLANNING, AttentionMode.STORE, AttentionMode.STORE
+    FIDELITY = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.COMPUTE
+    FIDELITY_STORE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.STORE
+    FIDELITY_REUSE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.REUSE
+
+    def __init__(self, phase: Phase, cross_attention: AttentionMode, self_attention: AttentionMode) -> None:
+        self.phase = phase
+        self.cross_attention = cross_attention
+        self.self_attention = self_attention
+
+
+@dataclass(frozen=True)
+class TGateConfig:
+    """How a run is gated.
+
+    Args:
+        gate_step: Number of steps in the semantics-planning phase, at least 1. With `gate_step` at or past the
+            number of steps the gate never closes: with `sp_interval=1` that is the plain pipeline.
+        sp_interval: In the planning phase self-attention is computed on every `sp_interval`-th step after
+            `warm_up` and reused between; 1 computes it on every step.
+        fi_interval: The same for the fidelity-improving phase. The papers find any value but 1 destructive.
+        warm_up: Steps at the start on which self-attention is always computed.
+        branch: Which branch of classifier-free guidance is denoised after the gate. `None` takes the
+            pipeline family's: `"negative"` as the original, `"positive"` for Stable Video Diffusion.
+
+    Raises:
+        ConfigError: An argument breaks its rule.
+    """
+
+    _: KW_ONLY
+    gate_step: int
+    sp_interval: int = 1
+    fi_interval: int = 1
+    warm_up: int = 0
+    branch: Branch | None = None
+
+    def __post_init__(self) -> None:
+        require_whole("gate_step", self.gate_step, least=1)
+        require_whole("sp_interval", self.sp_interval, least=1)
+        require_whole("fi_interval", self.fi_interval, least=1)
+        require_whole("warm_up", self.warm_up, least=0)
+        if self.branch not in (None, "negative", "positive"):
+            raise ConfigError(
+                f'`branch` must be "negative", "positive" or None, got {self.branch!r}. '
+                "Leave it out to denoise the branch that the original denoises."
+            )
+
+    @property
+    def reuses_self_attention(self) -> bool:
+        """Whether any run can reuse self-attention."""
+        return self.sp_interval > 1 or self.fi_interval > 1
+
+    def schedule(self, num_inference_steps: int, *, guidance: bool = True) -> "Schedule":
+        """The modes of a run of `num_inference_steps` steps; print it for a table."""
+        return Schedule(self, num_inference_steps, guidance=guidance)
+
+
+def require_whole(name: str, value: object, *, least: int) -> None:
+    """Raise `ConfigError` unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(
+            f"`{name}` must be a whole number of at least {least}, got {value!r}. "
+            f"Pass an int, for example `{name}={max(least, 1)}`."
+        )
+
+
+def step_mode(config: TGateConfig, step: int, num_inference_steps: int, guidance: bool) -> StepMode:
+    """What happens in step `step` (0-based) of `num_inference_steps`, with or without guidance."""
+    self_attention = _self_attention(config, step, num_inference_steps)
+    if step >= config.gate_step:
+        return StepMode((Phase.FIDELITY, AttentionMode.REUSE, self_attention))
+    closes = step == config.gate_step - 1 and step + 1 < num_inference_steps
+    if not closes:
+        return StepMode((Phase.PLANNING, AttentionMode.COMPUTE, self_attention))
+    store = AttentionMode.STORE_MEAN if guidance else AttentionMode.STORE
+    if self_attention is AttentionMode.STORE:
+        self_attention = store
+    return StepMode((Phase.PLANNING, store, self_attention))
+
+
+def _self_attention(config: TGateConfig, step: int, num_inference_steps: int) -> AttentionMode:
+    if _reuses_self(config, step):
+        return AttentionMode.REUSE
+    # Nothing is stored that no later step reads: whatever comes next stores anew unless it reuses.
+    read = step + 1 < num_inference_steps and _reuses_self(config, step + 1)
+    return AttentionMode.STORE if read else AttentionMode.COMPUTE
+
+
+def _reuses_self(config: TGateConfig, step: int) -> bool:
+    if step >= config.gate_step:
+        return step % config.fi_interval != 0
+    return config.warm_up < step < config.gate_step - 1 and step % config.sp_interval != 0
+
+
+class Schedule:
+    """The mode of every step of a run. Indexes and iterates as a tuple of `StepMode`; prints as a table.
+
+    Args:
+        config: The gate's settings.
+        num_inference_steps: Number of steps that are run, at least 1.
+        guidance: Whether the run has two branches of classifier-free guidance, one of which is dropped.
+
+    Raises:
+        ConfigError: `num_inference_steps` is no whole number of at least 1.
+    """
+
+    def __init__(self, config: TGateConfig, num_inference_steps: int, *, guidance: bool = True) -> None:
+        require_whole("num_inference_steps", num_inference_steps, least=1)
+        self.config = config
+        self.guidance = guidance
+        self.modes = tuple(
+            step_mode(config, step, num_inference_steps, guidance) for step in range(num_inference_steps)
+        )
+
+    def __len__(self) -> int:
+        return len(self.modes)
+
+    def __getitem__(self, step: int) -> StepMode:
+        return self.modes[step]
+
+    def __str__(self) -> str:
+        rows = [("steps", "phase", "cross-attention", "self-attention", "branches")]
+        for mode, steps in groupby(range(len(self)), key=self.modes.__getitem__):
+            first, *rest = steps
+            branches = "2" if self.guidance and mode.phase is Phase.PLANNING else "1"
+            span = f"{first}-{rest[-1]}" if rest else f"{first}"
+            rows.append(
+                (span, mode.phase.value, mode.cross_attention.value, mode.self_attention.value, branches)
+            )
+        return format_table(rows)
+
+
+def format_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text as lines with aligned columns, the first row a heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass(frozen=True)
+class StepClock:
+    """Which step an evaluation of the denoiser belongs to.
+
+    Steps are counted as `num_inference_steps` counts them. A scheduler of order 2 (Heun, KDPM2) evaluates the
+    denoiser twice in a step; PNDM evaluates it `num_warmup_evaluations` times before its first step is over,
+    and those do not count (`num_warmup_steps` in the pipelines of diffusers 0.42).
+
+    Args:
+        num_evaluations: Length of the denoising loop.
+        order: Evaluations in a step.
+        num_warmup_evaluations: Evaluations at the start that belong to step 0.
+    """
+
+    num_evaluations: int
+    order: int = 1
+    num_warmup_evaluations: int = 0
+
+    def step(self, evaluation: int) -> int:
+        """The step, 0-based, that evaluation `evaluation`, 0-based, belongs to."""
+        return max(0, evaluation - self.num_warmup_evaluations) // self.order
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps in the run."""
+        return self.step(self.num_evaluations - 1) + 1
