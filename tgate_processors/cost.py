@@ -44,9 +44,7 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-def run_macs(
-    denoiser: Any, config: TGateConfig, inputs: Inputs, evaluations: Sequence[Evaluation]
-) -> RunMacs:
+def run_macs(denoiser: Any, config: TGateConfig, inputs: Inputs, evaluations: Sequence[Evaluation]) -> RunMacs:
     """Count a run by the evaluations that it made.
 
     Args:

@@ -70,9 +70,7 @@ class Gate:
             StateError: No run was started.
         """
         if self.schedule is None:
-            raise StateError(
-                "`advance` was called before `start`. Call `gate.start(num_inference_steps)` first."
-            )
+            raise StateError("`advance` was called before `start`. Call `gate.start(num_inference_steps)` first.")
         step = self.step + 1 if to_step is None else to_step
         if step < len(self.schedule):
             self._move_to(step)

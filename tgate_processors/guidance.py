@@ -17,10 +17,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 def sample_of(inputs: Inputs) -> torch.Tensor:
     """The noisy sample among a denoiser's positional and keyword arguments: `(batch, ...)`."""
     args, kwargs = inputs
-    if args:
-        sample = args[0]
-    else:
-        sample = kwargs.get("sample", kwargs.get("hidden_states"))
+    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
     assert isinstance(sample, torch.Tensor), "a denoiser's first argument is the noisy sample"
     return sample
 
@@ -52,9 +49,7 @@ def halves_are_equal(sample: torch.Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def _with_batch(
-    batch: int, change: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _with_batch(batch: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: change(tensor) if tensor.ndim > 0 and tensor.shape[0] == batch else tensor
 
 

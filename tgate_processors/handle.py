@@ -1,11 +1,10 @@
 """Gating a pipeline: `apply_tgate` attaches processors and a hook, and the handle takes them away again."""
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -15,7 +14,8 @@ from tgate_processors.cost import Evaluation, on_meta, run_macs
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.gate import Gate
 from tgate_processors.guidance import Inputs, halves_are_equal, repeat_branch, sample_of, take_branch
-from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, ungated
+from tgate_processors.installation import Installation, is_gated
+from tgate_processors.processors import attention_layers, is_cross_attention
 from tgate_processors.schedule import Schedule, StepClock, TGateConfig
 from tgate_processors.summary import Summary
 
@@ -23,9 +23,7 @@ from tgate_processors.summary import Summary
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
-def apply_tgate(
-    pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCallback | None = None
-) -> "TGate":
+def apply_tgate(pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCallback | None = None) -> "TGate":
     """Gate a diffusers pipeline; its own `__call__` runs as before.
 
         tgate = apply_tgate(pipe, TGateConfig(gate_step=10))
@@ -45,11 +43,9 @@ def apply_tgate(
         StateError: The pipeline is gated already.
     """
     if not isinstance(config, TGateConfig):
-        raise ConfigError(
-            f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`."
-        )
+        raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
     denoiser = pipelines.denoiser_of(pipe)
-    if any(_gate_of(layer.processor) for layer in attention_layers(denoiser).values()):
+    if is_gated(denoiser):
         raise StateError(
             f"`pipe` must not be gated already, got a gated {type(denoiser).__name__}. "
             "Call `remove()` on the handle of the first `apply_tgate`, then apply again."
@@ -82,7 +78,7 @@ class TGate:
         tensor_inputs: Empty; diffusers' `MultiPipelineCallbacks` asks for it.
     """
 
-    tensor_inputs: list[str] = []
+    tensor_inputs: ClassVar[list[str]] = []
 
     def __init__(
         self, pipe: Any, denoiser: Any, config: TGateConfig, callback_on_step_end: StepCallback | None
@@ -95,10 +91,10 @@ class TGate:
         self._branch = config.branch or pipelines.family_of(pipe).branch
         self._moved_by_callback = pipelines.takes_callback(pipe)
         self._run: _Run | None = None
-        self._originals: dict[str, Any] = {}
+        self._layers = Installation(denoiser, self.gate)
         self._hooks: list[RemovableHandle] = []
         try:
-            self._gate_layers()
+            self._layers.install()
             self._hooks.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             self._hooks.append(denoiser.register_forward_hook(self._after))
         except BaseException:
@@ -113,9 +109,7 @@ class TGate:
     ) -> None:
         self.remove()
 
-    def __call__(
-        self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def __call__(self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Move the gate on after a step; this is the pipeline's `callback_on_step_end`."""
         run = self._run
         if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
@@ -140,11 +134,7 @@ class TGate:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        originals, self._originals = self._originals, {}
-        if originals:
-            self._restore(originals)
-        self.gate.stop()
-        self.gate.layers = []
+        self._layers.remove()
 
     def summary(self) -> Summary:
         """What the last run did. Counts its arithmetic on the meta device, in a second or so.
@@ -156,7 +146,7 @@ class TGate:
         if run is None or not run.evaluations:
             raise StateError("`summary` was called before a run. Run the pipeline first, then ask.")
         layers = attention_layers(self._denoiser).values()
-        cross_layers = sum(bool(getattr(layer, "is_cross_attention", False)) for layer in layers)
+        cross_layers = sum(map(is_cross_attention, layers))
         return Summary(
             schedule=Schedule(self.config, run.clock.num_steps, guidance=bool(run.guided)),
             evaluations=tuple(run.evaluations),
@@ -168,9 +158,7 @@ class TGate:
 
     # The hook on the denoiser
 
-    def _before(
-        self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Inputs | None:
+    def _before(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         run = self._run
         if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
             run = self._run = self._begin((args, kwargs))
@@ -192,7 +180,7 @@ class TGate:
         return repeat_branch(output, run.guided_batch) if run.folded else None
 
     def _begin(self, inputs: Inputs) -> _Run:
-        self._gate_layers()
+        self._layers.install()  # over whatever the user has put in since the last run
         clock = pipelines.step_clock(self._pipe)
         self.gate.start(clock.num_steps, guidance=False)
         return _Run(weakref.ref(self._pipe.scheduler.timesteps), clock, on_meta(inputs))
@@ -222,41 +210,3 @@ class TGate:
             guided = halves_are_equal(sample)
         run.guided, run.guided_batch = guided, sample.shape[0]
         self.gate.set_guidance(guided)
-
-    # The processors
-
-    def _gate_layers(self) -> None:
-        """Put gated processors on every layer that has none, over whatever it has."""
-        if self._originals and all(map(self._is_ours, self._gated_now())):
-            return
-        processors = gated_processors(self._denoiser, self.gate)
-        for name, layer in attention_layers(self._denoiser).items():
-            if isinstance(processors[name], GatedProcessor) and not self._is_ours(layer.processor):
-                self._originals[name] = ungated(layer.processor)
-        self._denoiser.set_attn_processor(processors)
-
-    def _gated_now(self) -> list[Any]:
-        layers = attention_layers(self._denoiser)
-        return [layers[name].processor for name in self._originals]
-
-    def _is_ours(self, processor: Any) -> bool:
-        return _gate_of(processor) is self.gate
-
-    def _restore(self, originals: dict[str, Any]) -> None:
-        processors, replaced = {}, []
-        for name, layer in attention_layers(self._denoiser).items():
-            ours = self._is_ours(layer.processor)
-            processors[name] = originals[name] if ours else ungated(layer.processor)
-            if name in originals and not isinstance(layer.processor, GatedProcessor):
-                replaced.append(name)
-        self._denoiser.set_attn_processor(processors)
-        if replaced:
-            warnings.warn(
-                f"{len(replaced)} attention processors were replaced while the pipeline was gated and stay as they "
-                f"are, the first of them `{replaced[0]}`.",
-                stacklevel=3,
-            )
-
-
-def _gate_of(processor: Any) -> Gate | None:
-    return processor.gate if isinstance(processor, GatedProcessor) else None

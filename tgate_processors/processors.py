@@ -27,13 +27,13 @@ class GatedProcessor:
         super().__init_subclass__()
         if GatedProcessor not in cls.__bases__:
             return  # a subclass of a gated class is gated already
-        below = super(GatedProcessor, cls).__call__  # type: ignore[misc]  # the class below is callable
+        below = super().__call__  # type: ignore[misc]  # the class below is callable
 
         # `Attention.forward` passes on only the keywords that the signature names, so it must be the one below.
         @functools.wraps(below)
         def __call__(
             self: GatedProcessor,
-            attn: torch.nn.Module,
+            attn: Any,
             hidden_states: torch.Tensor,
             *args: Any,
             **kwargs: Any,
@@ -46,7 +46,7 @@ class GatedProcessor:
                 self._store(attn, hidden_states, output, mean=mode is AttentionMode.STORE_MEAN)
             return output
 
-        cls.__call__ = __call__  # type: ignore[attr-defined]
+        cls.__call__ = __call__  # type: ignore[method-assign]
 
     @property
     def mode(self) -> AttentionMode:
@@ -55,16 +55,14 @@ class GatedProcessor:
             return AttentionMode.COMPUTE
         return self.gate.cross_attention if self.is_cross_attention else self.gate.self_attention
 
-    def _store(
-        self, attn: torch.nn.Module, hidden_states: torch.Tensor, output: torch.Tensor, *, mean: bool
-    ) -> None:
+    def _store(self, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor, *, mean: bool) -> None:
         if _rescales(attn):
             output = output * attn.rescale_output_factor
         if _adds_residual(attn):
             output = output - hidden_states
         self.cached = mean_of_halves(output) if mean else output
 
-    def _reuse(self, attn: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _reuse(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.cached
         assert output is not None, "the schedule stores before it reuses"
         if _adds_residual(attn):
@@ -72,15 +70,15 @@ class GatedProcessor:
         return output / attn.rescale_output_factor if _rescales(attn) else output
 
 
-def _adds_residual(attn: torch.nn.Module) -> bool:
+def _adds_residual(attn: Any) -> bool:
     return bool(getattr(attn, "residual_connection", False))
 
 
-def _rescales(attn: torch.nn.Module) -> bool:
+def _rescales(attn: Any) -> bool:
     return getattr(attn, "rescale_output_factor", 1.0) != 1.0
 
 
-class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):
+class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):  # type: ignore[misc]  # an untyped base
     """diffusers' default processor, gated."""
 
 
@@ -93,7 +91,7 @@ def gated_class(base: type) -> type[GatedProcessor]:
     return type(f"TGate{base.__name__}", (GatedProcessor, base), {"__module__": __name__, "__doc__": doc})
 
 
-def gated(processor: Any, gate: Gate, *, is_cross_attention: bool) -> GatedProcessor:
+def gated(processor: object, gate: Gate, *, is_cross_attention: bool) -> GatedProcessor:
     """A gated copy of `processor` with the same attributes, for one layer."""
     cls = gated_class(type(processor))
     copy = cls.__new__(cls)
@@ -108,11 +106,9 @@ def ungated(processor: Any) -> Any:
     if not isinstance(processor, GatedProcessor):
         return processor
     mro = type(processor).__mro__
-    base = mro[mro.index(GatedProcessor) + 1]
+    base: Any = mro[mro.index(GatedProcessor) + 1]
     plain = base.__new__(base)
-    plain.__dict__.update(
-        {k: v for k, v in vars(processor).items() if k not in GatedProcessor.__annotations__}
-    )
+    plain.__dict__.update({k: v for k, v in vars(processor).items() if k not in GatedProcessor.__annotations__})
     return plain
 
 
@@ -139,7 +135,7 @@ def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
     for name, layer in attention_layers(denoiser).items():
         processor = ungated(layer.processor)
         if _is_gated(layer, gate):
-            processor = gated(processor, gate, is_cross_attention=_is_cross_attention(layer))
+            processor = gated(processor, gate, is_cross_attention=is_cross_attention(layer))
         processors[name] = processor
     gate.layers = [processor for processor in processors.values() if isinstance(processor, GatedProcessor)]
     if not any(layer.is_cross_attention for layer in gate.layers):
@@ -150,10 +146,11 @@ def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
 def _is_gated(layer: torch.nn.Module, gate: Gate) -> bool:
     if getattr(layer, "added_kv_proj_dim", None) is not None:
         return False  # self- and cross-attention are one operation: there is no output of its own to keep
-    return _is_cross_attention(layer) or gate.config.reuses_self_attention
+    return is_cross_attention(layer) or gate.config.reuses_self_attention
 
 
-def _is_cross_attention(layer: torch.nn.Module) -> bool:
+def is_cross_attention(layer: torch.nn.Module) -> bool:
+    """Whether an attention layer attends to the prompt."""
     return bool(getattr(layer, "is_cross_attention", False))
 
 
@@ -163,9 +160,7 @@ def _why_nothing_to_gate(denoiser: torch.nn.Module) -> str:
     if not layers:
         reason = "it has no `attn_processors`"
     elif any(getattr(layer, "added_kv_proj_dim", None) is not None for layer in layers.values()):
-        reason = (
-            "its text joins self-attention (joint or added-KV attention), so no cross-attention has an output"
-        )
+        reason = "its text joins self-attention (joint or added-KV attention), so no cross-attention has an output"
     else:
         reason = f"none of its {len(layers)} attention layers attends to a prompt"
     return (

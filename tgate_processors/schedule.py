@@ -5,6 +5,7 @@ The method is T-GATE's (Zhang et al. 2024, arXiv 2404.02747v1, and Liu et al. 20
 fidelity-improving phase from `gate_step` on.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from itertools import groupby
@@ -48,10 +49,17 @@ class StepMode(Enum):
     FIDELITY_STORE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.STORE
     FIDELITY_REUSE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.REUSE
 
-    def __init__(self, phase: Phase, cross_attention: AttentionMode, self_attention: AttentionMode) -> None:
-        self.phase = phase
-        self.cross_attention = cross_attention
-        self.self_attention = self_attention
+    @property
+    def phase(self) -> Phase:
+        return self.value[0]
+
+    @property
+    def cross_attention(self) -> AttentionMode:
+        return self.value[1]
+
+    @property
+    def self_attention(self) -> AttentionMode:
+        return self.value[2]
 
 
 @dataclass(frozen=True)
@@ -169,13 +177,11 @@ class Schedule:
             first, *rest = steps
             branches = "2" if self.guidance and mode.phase is Phase.PLANNING else "1"
             span = f"{first}-{rest[-1]}" if rest else f"{first}"
-            rows.append(
-                (span, mode.phase.value, mode.cross_attention.value, mode.self_attention.value, branches)
-            )
+            rows.append((span, mode.phase.value, mode.cross_attention.value, mode.self_attention.value, branches))
         return format_table(rows)
 
 
-def format_table(rows: list[tuple[str, ...]]) -> str:
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of text as lines with aligned columns, the first row a heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

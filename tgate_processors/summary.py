@@ -52,9 +52,7 @@ class Summary:
 
     def __str__(self) -> str:
         calls = len(self.evaluations)
-        closed = (
-            "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
-        )
+        closed = "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
         batches = " + ".join(f"{len(list(run))} x {batch}" for batch, run in groupby(self.batches))
         return "\n".join(
             [
