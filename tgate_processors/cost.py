@@ -35,13 +35,14 @@ class RunMacs:
 
 
 def on_meta(inputs: Inputs) -> Inputs:
-    """A denoiser's inputs without their values: shapes and dtypes."""
+    """A denoiser's inputs without their values."""
     args, kwargs = inputs
     return tuple(map_tensors(_to_meta, args)), map_tensors(_to_meta, kwargs)
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="meta")
+    # the architecture is built in single precision, whatever the run's
+    return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
 
 
 def run_macs(denoiser: Any, config: TGateConfig, inputs: Inputs, evaluations: Sequence[Evaluation]) -> RunMacs:
@@ -74,7 +75,7 @@ def meta_denoiser(denoiser: Any) -> Any:
     """The architecture of a diffusers model on the meta device: no weights, nothing computed."""
     model = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
     with torch.device("meta"):
-        return type(model).from_config(model.config).to("meta", torch.float32).eval()
+        return type(model).from_config(model.config).to("meta").eval()
 
 
 def _count(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

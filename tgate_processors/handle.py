@@ -63,7 +63,7 @@ class _Run:
     guided: bool | None = None  # None until the gate has to know
     guided_batch: int = 0
     folded: bool = False  # the evaluation under way
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[tuple[int, int]] = field(default_factory=list)  # the step and the batch of each
     num_done: int = 0
     num_callbacks: int = 0
 
@@ -147,13 +147,15 @@ class TGate:
             raise StateError("`summary` was called before a run. Run the pipeline first, then ask.")
         layers = attention_layers(self._denoiser).values()
         cross_layers = sum(map(is_cross_attention, layers))
+        schedule = Schedule(self.config, run.clock.num_steps, guidance=bool(run.guided))
+        evaluations = tuple(Evaluation(schedule[step], batch) for step, batch in run.evaluations)
         return Summary(
-            schedule=Schedule(self.config, run.clock.num_steps, guidance=bool(run.guided)),
-            evaluations=tuple(run.evaluations),
+            schedule=schedule,
+            evaluations=evaluations,
             cross_layers=cross_layers,
             self_layers=len(layers) - cross_layers,
             cache_bytes=self.gate.peak_cache_bytes,
-            macs=run_macs(self._denoiser, self.config, run.inputs, run.evaluations),
+            macs=run_macs(self._denoiser, self.config, run.inputs, evaluations),
         )
 
     # The hook on the denoiser
@@ -168,7 +170,7 @@ class TGate:
         batch = sample_of((args, kwargs)).shape[0]
         self._settle_guidance(run, sample_of((args, kwargs)))
         run.folded = self.gate.closed and bool(run.guided) and batch == run.guided_batch
-        run.evaluations.append(Evaluation(self.gate.mode, batch // 2 if run.folded else batch))
+        run.evaluations.append((self.gate.step, batch // 2 if run.folded else batch))
         return take_branch((args, kwargs), batch, self._branch) if run.folded else None
 
     def _after(self, denoiser: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -83,7 +83,7 @@ class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):  # type: ignore[m
 
 
 @functools.cache
-def gated_class(base: type) -> type[GatedProcessor]:
+def gated_class(base: Any) -> type[GatedProcessor]:
     """The gated class over a processor class: the same one at every call."""
     if base is AttnProcessor2_0:
         return TGateAttnProcessor2_0
@@ -91,9 +91,9 @@ def gated_class(base: type) -> type[GatedProcessor]:
     return type(f"TGate{base.__name__}", (GatedProcessor, base), {"__module__": __name__, "__doc__": doc})
 
 
-def gated(processor: object, gate: Gate, *, is_cross_attention: bool) -> GatedProcessor:
+def gated(processor: Any, gate: Gate, *, is_cross_attention: bool) -> GatedProcessor:
     """A gated copy of `processor` with the same attributes, for one layer."""
-    cls = gated_class(type(processor))
+    cls = gated_class(processor.__class__)
     copy = cls.__new__(cls)
     copy.__dict__.update(vars(processor))
     copy.gate = gate

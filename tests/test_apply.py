@@ -1,0 +1,92 @@
+"""A gated pipeline: equal to stock where it must be, counted where it differs, and untouched afterwards."""
+
+import gc
+
+import pytest
+import torch
+from tiny import FAMILIES, Observed, fingerprint, num_layers, tiny
+
+from tgate_processors import TGateConfig, apply_tgate
+
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_a_gate_that_never_closes_is_the_stock_pipeline(family):
+    stock = tiny(family)()
+    gated = tiny(family)
+    tgate = apply_tgate(gated.pipe, TGateConfig(gate_step=gated.num_steps()))
+    assert torch.equal(gated(tgate), stock)
+
+
+def test_a_gate_that_closes_changes_the_picture(family):
+    gated = tiny(family)
+    stock = gated()
+    tgate = apply_tgate(gated.pipe, TGateConfig(gate_step=1))
+    assert not torch.allclose(gated(tgate), stock, atol=1e-3)
+
+
+def test_removing_leaves_no_trace(family):
+    subject = tiny(family)
+    stock, before = subject(), fingerprint(subject.denoiser)
+    with apply_tgate(subject.pipe, TGateConfig(gate_step=1, sp_interval=2, fi_interval=2)) as tgate:
+        assert fingerprint(subject.denoiser) != before
+        subject(tgate)
+    assert fingerprint(subject.denoiser) == before
+    assert torch.equal(subject(), stock)
+    tgate.remove()  # again: nothing happens
+    assert fingerprint(subject.denoiser) == before
+
+
+@pytest.mark.parametrize("gate_step", [1, 2])
+def test_evaluations_and_attention_calls(family, gate_step):
+    subject = tiny(family)
+    cross_layers, self_layers = num_layers(family)
+    steps = subject.num_steps()
+    seen = Observed(subject)
+    tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=gate_step))
+    subject(tgate)
+
+    both = 2 if subject.guided else 1
+    assert seen.batches == [both] * gate_step + [1] * (steps - gate_step)
+    assert seen.computed == {"cross": cross_layers * gate_step, "self": self_layers * steps}
+    summary = tgate.summary()
+    assert list(summary.batches) == seen.batches
+    assert summary.cross_attention_computed == seen.computed["cross"]
+    assert summary.self_attention_computed == seen.computed["self"]
+    assert summary.gate_closed_at == gate_step
+
+
+def test_only_what_is_read_is_stored_and_nothing_stays(family):
+    subject = tiny(family)
+    cross_layers, _ = num_layers(family)
+    kept = []
+    config = TGateConfig(gate_step=2)
+    tgate = apply_tgate(subject.pipe, config)
+    subject.denoiser.register_forward_hook(
+        lambda *_: kept.append([layer.cached is not None for layer in tgate.gate.layers])
+    )
+    subject(tgate)
+    assert [sum(now) for now in kept[:-1]] == [0] + [cross_layers] * (len(kept) - 2)
+    assert tgate.gate.cache_bytes == 0
+    assert all(layer.cached is None for layer in tgate.gate.layers)
+
+
+def test_a_run_keeps_no_tensor_alive(family):
+    subject = tiny(family)
+    tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=2, fi_interval=2))
+    subject(tgate)
+    before = live_bytes()
+    subject(tgate)
+    assert live_bytes() == before
+
+
+def live_bytes():
+    gc.collect()
+    return sum(obj.nbytes for obj in gc.get_objects() if type(obj) is torch.Tensor)
+
+
+def test_a_second_call_equals_the_first(family):
+    subject = tiny(family)
+    tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=2, sp_interval=2, fi_interval=2))
+    assert torch.equal(subject(tgate), subject(tgate))

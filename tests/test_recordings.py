@@ -1,0 +1,71 @@
+"""Every recording of the original in which the original is right is matched, after every step and at the end."""
+
+import functools
+
+import pytest
+from recorded import NAMES, config_of, load_case
+
+from tgate_processors import apply_tgate
+
+
+# Allows for another build of torch; here all but guidance rescaling match to the last bit.
+RELATIVE = 1e-5
+
+
+def original_is_right(name, variant):
+    beside_deepcache = "_dc_" in name
+    order_2 = "heun" in name
+    averages_pictures = name.endswith("nocfg_b2")
+    never_stores = ":g0" in variant
+    raised = load_case(name).variants[variant]["error"] is not None
+    return not (beside_deepcache or order_2 or averages_pictures or never_stores or raised)
+
+
+RIGHT = [
+    (name, variant)
+    for name in NAMES
+    for variant in load_case(name).variants
+    if variant != "stock" and original_is_right(name, variant)
+]
+
+
+def test_there_are_recordings():
+    assert len(RIGHT) == 117
+
+
+@pytest.mark.parametrize(("name", "variant"), RIGHT)
+def test_matches_the_original(name, variant, monkeypatch):
+    case = load_case(name)
+    pipe = pipe_of(name)
+    latents = keep_steps(pipe.scheduler, monkeypatch)
+    with apply_tgate(pipe, config_of(variant)) as tgate:
+        final = pipe(**case.kwargs(), callback_on_step_end=tgate, return_dict=False)[0]
+
+    assert relative_difference(final, case.tensors[f"out.{variant}"]) <= RELATIVE
+    steps = case.tensors[f"steps.{variant}"]
+    assert len(latents) == len(steps)
+    assert max(map(relative_difference, latents, steps)) <= RELATIVE
+
+
+@functools.cache
+def pipe_of(name):
+    return load_case(name).pipe()
+
+
+def keep_steps(scheduler, monkeypatch):
+    """A list that fills with the latents after each step of the scheduler."""
+    latents = []
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def kept(*args, **kwargs):
+        output = step(*args, **kwargs)
+        latents.append(output[0].clone())
+        return output
+
+    monkeypatch.setattr(scheduler, "step", kept)
+    return latents
+
+
+def relative_difference(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
