@@ -164,9 +164,10 @@ class TGate:
         run = self._run
         if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
             run = self._run = self._begin((args, kwargs))
-        self._check_callback(run)
+        run.folded = False
         if self.gate.schedule is None:
             return None  # the run is over: someone evaluates the denoiser on their own
+        self._check_callback(run)
         batch = sample_of((args, kwargs)).shape[0]
         self._settle_guidance(run, sample_of((args, kwargs)))
         run.folded = self.gate.closed and bool(run.guided) and batch == run.guided_batch

@@ -51,7 +51,7 @@ class Installation:
         if not self._originals:
             return
         layers = attention_layers(self.denoiser)
-        foreign = [name for name in self._originals if not isinstance(layers[name].processor, GatedProcessor)]
+        foreign = [name for name in self._originals if self._is_foreign(name, layers[name].processor)]
         self.denoiser.set_attn_processor(
             {name: self._original(name, layer.processor) for name, layer in layers.items()}
         )
@@ -67,6 +67,9 @@ class Installation:
     def _original(self, name: str, processor: Any) -> Any:
         # diffusers may have made a gated processor anew, by its class: that one is nobody's, it loses its gate
         return self._originals[name] if self._is_ours(processor) else ungated(processor)
+
+    def _is_foreign(self, name: str, processor: Any) -> bool:
+        return not isinstance(processor, GatedProcessor) and processor is not self._originals[name]
 
     def _is_ours(self, processor: Any) -> bool:
         return _gate_of(processor) is self.gate
