@@ -1,0 +1,6 @@
+import sys
+
+from tgate_processors.cli import main
+
+
+sys.exit(main())
