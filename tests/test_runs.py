@@ -182,8 +182,50 @@ def test_a_denoiser_put_in_later_is_an_error():
     subject = tiny("sd")
     tgate = apply_tgate(subject.pipe, CONFIG)
     subject.pipe.unet = tiny("sd").pipe.unet
-    with pytest.raises(StateError, match=r"another denoiser now, `remove\(\)` and apply again"):
+    with pytest.raises(StateError, match="or the pipeline has another denoiser now, apply again"):
         subject(tgate)
+
+
+def test_a_handle_that_was_removed_is_no_callback():
+    subject = tiny("sd")
+    tgate = apply_tgate(subject.pipe, CONFIG)
+    subject(tgate)
+    tgate.remove()
+    with pytest.raises(StateError, match="If the gate was removed"):
+        subject(tgate)
+
+
+def test_removing_in_the_middle_of_a_run():
+    """The steps after it are the stock pipeline's."""
+
+    def removes(pipe, step_index, timestep, kwargs):
+        if step_index == 3:
+            tgate.remove()
+        return kwargs
+
+    subject = tiny("sd")
+    seen = Observed(subject)
+    tgate = apply_tgate(subject.pipe, CONFIG, callback_on_step_end=removes)
+    subject(tgate, num_inference_steps=6)
+    assert seen.batches == [2, 2, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "batches"),
+    [
+        ("DDIMScheduler", [2, 2, 1, 1]),
+        ("PNDMScheduler", [2, 2, 2, 1, 1]),
+        ("HeunDiscreteScheduler", [2, 2, 2, 2, 1, 1, 1]),
+    ],
+)
+def test_the_gate_counts_the_steps_that_are_run(scheduler, batches):
+    """Half of 8 steps, and the gate after 2 of those."""
+    subject = tiny("sd-img2img")
+    subject.pipe.scheduler = getattr(diffusers, scheduler)(**ORDERS[scheduler][0])
+    seen = Observed(subject)
+    tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=2))
+    subject(tgate, num_inference_steps=8, strength=0.5)
+    assert seen.batches == batches
 
 
 def test_a_callback_beside_the_handle():

@@ -115,10 +115,10 @@ class TGate:
         if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
             raise StateError(
                 f"`callback_on_step_end` was called after a step in which the gated {type(self._denoiser).__name__} "
-                "was not evaluated. If the pipeline has another denoiser now, `remove()` and apply again."
+                "was not evaluated. If the gate was removed, or the pipeline has another denoiser now, apply again."
             )
         run.num_callbacks += 1
-        if self._moved_by_callback:
+        if self._moved_by_callback and self.gate.schedule is not None:
             self._advance(run, step_index + 1)
         if self.callback_on_step_end is not None:
             callback_kwargs = self.callback_on_step_end(pipe, step_index, timestep, callback_kwargs)
