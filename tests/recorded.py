@@ -108,7 +108,8 @@ class Case:
 @cache
 def load_case(name):
     with safe_open(ROOT / "cases" / f"{name}.safetensors", "pt") as file:
-        return Case(name, json.loads(file.metadata()["case"]), {key: file.get_tensor(key) for key in file.keys()})
+        keys = list(file.keys())
+        return Case(name, json.loads(file.metadata()["case"]), {key: file.get_tensor(key) for key in keys})
 
 
 def config_of(variant):

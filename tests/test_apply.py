@@ -52,8 +52,8 @@ def test_evaluations_and_attention_calls(family, gate_step):
     assert seen.computed == {"cross": cross_layers * gate_step, "self": self_layers * steps}
     summary = tgate.summary()
     assert list(summary.batches) == seen.batches
-    assert summary.cross_attention_computed == seen.computed["cross"]
-    assert summary.self_attention_computed == seen.computed["self"]
+    assert summary.cost.cross_computed == seen.computed["cross"]
+    assert summary.cost.self_computed == seen.computed["self"]
     assert summary.gate_closed_at == gate_step
 
 

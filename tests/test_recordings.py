@@ -1,11 +1,13 @@
 """Every recording of the original in which the original is right is matched, after every step and at the end."""
 
 import functools
+import re
+from contextlib import nullcontext
 
 import pytest
 from recorded import NAMES, config_of, load_case
 
-from tgate_processors import apply_tgate
+from tgate_processors import apply_tgate, deepcache
 
 
 # Allows for another build of torch; here all but guidance rescaling match to the last bit.
@@ -13,24 +15,19 @@ RELATIVE = 1e-5
 
 
 def original_is_right(name, variant):
-    beside_deepcache = "_dc_" in name
     order_2 = "heun" in name
     averages_pictures = name.endswith("nocfg_b2")
     never_stores = ":g0" in variant
     raised = load_case(name).variants[variant]["error"] is not None
-    return not (beside_deepcache or order_2 or averages_pictures or never_stores or raised)
+    ungated = variant == "stock" or variant.startswith("dc:")
+    return not (ungated or order_2 or averages_pictures or never_stores or raised)
 
 
-RIGHT = [
-    (name, variant)
-    for name in NAMES
-    for variant in load_case(name).variants
-    if variant != "stock" and original_is_right(name, variant)
-]
+RIGHT = [(name, variant) for name in NAMES for variant in load_case(name).variants if original_is_right(name, variant)]
 
 
 def test_there_are_recordings():
-    assert len(RIGHT) == 117
+    assert len(RIGHT) == 135
 
 
 @pytest.mark.parametrize(("name", "variant"), RIGHT)
@@ -38,13 +35,23 @@ def test_matches_the_original(name, variant, monkeypatch):
     case = load_case(name)
     pipe = pipe_of(name)
     latents = keep_steps(pipe.scheduler, monkeypatch)
-    with apply_tgate(pipe, config_of(variant)) as tgate:
+    helper = deepcache_of(variant, pipe)
+    with (
+        nullcontext() if helper is None else deepcache.enabled(helper),
+        apply_tgate(pipe, config_of(variant), deepcache=helper) as tgate,
+    ):
         final = pipe(**case.kwargs(), callback_on_step_end=tgate, return_dict=False)[0]
 
     assert relative_difference(final, case.tensors[f"out.{variant}"]) <= RELATIVE
     steps = case.tensors[f"steps.{variant}"]
     assert len(latents) == len(steps)
     assert max(map(relative_difference, latents, steps)) <= RELATIVE
+
+
+def deepcache_of(variant, pipe):
+    """The helper of a variant such as `v1dc:g5_i3b0`: DeepCache with interval 3 and branch 0."""
+    found = re.search(r"_i(\d)b(\d)", variant)
+    return deepcache.make_helper(pipe, *map(int, found.groups())) if found else None
 
 
 @functools.cache

@@ -136,7 +136,7 @@ def test_warm_up_must_not_be_negative(value):
 
 def test_branch_must_have_a_name():
     with pytest.raises(
-        ConfigError, match='`branch` must be "negative", "positive" or None, got \'both\'. Leave it out'
+        ConfigError, match=r'`branch` must be "negative", "positive" or None, got .both.\. Leave it out'
     ):
         TGateConfig(gate_step=5, branch="both")
 

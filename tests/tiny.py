@@ -6,7 +6,7 @@ from functools import cache
 
 import diffusers
 import torch
-from recorded import load_case, load_model
+from recorded import load_case
 
 from tgate_processors.processors import attention_layers, is_cross_attention
 

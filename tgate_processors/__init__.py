@@ -1,8 +1,18 @@
 """T-GATE for diffusers pipelines, as attention processors."""
 
-from tgate_processors.errors import ConfigError, StateError, TGateError, UnsupportedPipelineError
+from tgate_processors.errors import ConfigError, MissingPackageError, StateError, TGateError, UnsupportedPipelineError
 from tgate_processors.gate import Gate
 from tgate_processors.handle import TGate, apply_tgate
+from tgate_processors.loaders import (
+    TgatePixArtAlphaLoader,
+    TgatePixArtLoader,
+    TgatePixArtSigmaLoader,
+    TgateSDDeepCacheLoader,
+    TgateSDLoader,
+    TgateSDXLDeepCacheLoader,
+    TgateSDXLLoader,
+    TgateSVDLoader,
+)
 from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors
 from tgate_processors.schedule import TGateConfig
 
@@ -10,11 +20,20 @@ from tgate_processors.schedule import TGateConfig
 __all__ = [
     "ConfigError",
     "Gate",
+    "MissingPackageError",
     "StateError",
     "TGate",
     "TGateAttnProcessor2_0",
     "TGateConfig",
     "TGateError",
+    "TgatePixArtAlphaLoader",
+    "TgatePixArtLoader",
+    "TgatePixArtSigmaLoader",
+    "TgateSDDeepCacheLoader",
+    "TgateSDLoader",
+    "TgateSDXLDeepCacheLoader",
+    "TgateSDXLLoader",
+    "TgateSVDLoader",
     "UnsupportedPipelineError",
     "apply_tgate",
     "gated_processors",

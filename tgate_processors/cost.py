@@ -1,37 +1,56 @@
-"""Multiply-accumulates of a gated run, counted by running the denoiser's architecture on the meta device."""
+"""What evaluations of a denoiser cost, counted by running its architecture on the meta device, without weights."""
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tgate_processors import deepcache as dc
 from tgate_processors.gate import Gate
 from tgate_processors.guidance import Inputs, map_tensors, sample_of, take_branch
-from tgate_processors.processors import gated_processors
+from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, is_cross_attention
 from tgate_processors.schedule import StepMode, TGateConfig
+
+
+# What counts as Linear and Conv; attention's two products and the like are matrix products beside these.
+LINEAR_AND_CONV = {"aten.convolution", "aten.addmm", "aten.mm"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of the denoiser: what its attention did, and the batch that it computed."""
+    """One call of the denoiser: what its attention did, what batch it computed, whether DeepCache skipped layers."""
 
     mode: StepMode
     batch: int
+    shallow: bool = False
 
 
 @dataclass(frozen=True)
-class RunMacs:
-    """Multiply-accumulates of a run, attention's matrix products among them, and of the same run ungated."""
+class Cost:
+    """What evaluations cost; costs add up.
 
-    gated: int
-    stock: int
+    Args:
+        macs: Multiply-accumulates, attention's matrix products among them.
+        linear_and_conv_macs: Those of Linear and Conv layers alone, the convention of the papers (calflops does not
+            see `scaled_dot_product_attention`).
+        cross_computed, cross_reused: Calls of cross-attention layers.
+        self_computed, self_reused: Calls of self-attention layers.
+    """
 
-    @property
-    def saved(self) -> float:
-        """The part of the stock run's arithmetic that was not done, 0 to 1."""
-        return 1 - self.gated / self.stock
+    macs: int = 0
+    linear_and_conv_macs: int = 0
+    cross_computed: int = 0
+    cross_reused: int = 0
+    self_computed: int = 0
+    self_reused: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 def on_meta(inputs: Inputs) -> Inputs:
@@ -45,41 +64,75 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
 
 
-def run_macs(denoiser: Any, config: TGateConfig, inputs: Inputs, evaluations: Sequence[Evaluation]) -> RunMacs:
-    """Count a run by the evaluations that it made.
-
-    Args:
-        denoiser: A diffusers model; its architecture is built anew from its config, without weights.
-        config: The settings that the run was gated with.
-        inputs: What a planning evaluation of the denoiser was given, both branches, on the meta device.
-        evaluations: The evaluations of the run, in their order.
-    """
-    model = meta_denoiser(denoiser)
-    gate = Gate(config)
-    model.set_attn_processor(gated_processors(model, gate))
-    full = sample_of(inputs).shape[0]
-
-    def macs(evaluation: Evaluation) -> int:
-        gate.enter(evaluation.mode)
-        folded = evaluation.batch < full
-        args, kwargs = take_branch(inputs, full, "negative") if folded else inputs
-        return _count(model, args, kwargs)
-
-    stock = macs(Evaluation(StepMode.PLANNING, full))
-    # In the order of the run the first reuse follows the first store, so each kind is run once.
-    each = {evaluation: macs(evaluation) for evaluation in dict.fromkeys(evaluations)}
-    return RunMacs(gated=sum(each[e] for e in evaluations), stock=stock * len(evaluations))
-
-
 def meta_denoiser(denoiser: Any) -> Any:
-    """The architecture of a diffusers model on the meta device: no weights, nothing computed."""
+    """The architecture of a diffusers model on the meta device."""
     model = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
     with torch.device("meta"):
         return type(model).from_config(model.config).to("meta").eval()
 
 
-def _count(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def evaluation_costs(
+    model: Any, config: TGateConfig, inputs: Inputs, evaluations: Sequence[Evaluation], deepcache: Any = None
+) -> dict[Evaluation, Cost]:
+    """The cost of each kind of evaluation among `evaluations`, each run once.
+
+    Args:
+        model: From `meta_denoiser`; it is gated here.
+        config: The gate's settings.
+        inputs: What the ungated evaluation is given, both branches of guidance, on the meta device.
+        evaluations: Evaluations in the order of a run, in which the first reuse follows the first store.
+        deepcache: The `DeepCacheSDHelper` of the run, where there is one.
+    """
+    gate = Gate(config)
+    model.set_attn_processor(gated_processors(model, gate))
+    full_batch = sample_of(inputs).shape[0]
+    costs = {}
+    with ExitStack() as stack:
+        helper = None if deepcache is None else _beside(model, deepcache, stack)
+        for evaluation in dict.fromkeys(evaluations):
+            gate.enter(evaluation.mode)
+            given = inputs
+            if evaluation.batch < full_batch:
+                given = take_branch(inputs, full_batch, "negative")
+            if helper is not None:
+                given = _for_deepcache(given, helper, evaluation.shallow)
+            costs[evaluation] = _count(model, given)
+    return costs
+
+
+def _beside(model: Any, deepcache: Any, stack: ExitStack) -> Any:
+    """The same helper on the model, in a run of two timesteps: a full one at 0, a shallow one at 1."""
+    pipe = SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=[0, 1]))
+    helper = type(deepcache)(pipe=pipe)
+    helper.params = deepcache.params
+    stack.enter_context(dc.enabled(helper))
+    return helper
+
+
+def _for_deepcache(inputs: Inputs, helper: Any, shallow: bool) -> Inputs:
+    if not shallow:
+        dc.make_next_step_full(helper)
+    (sample, _, *rest), kwargs = inputs
+    return (sample, torch.tensor(int(shallow)), *rest), kwargs  # DeepCache reads the timestep's value
+
+
+def _count(model: torch.nn.Module, inputs: Inputs) -> Cost:
+    args, kwargs = inputs
+    calls: Counter[str] = Counter()
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: calls.update([_kind_of_call(layer)]))
+        for layer in attention_layers(model).values()
+    ]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(*args, **kwargs)
-    return counter.get_total_flops() // 2  # a multiply-accumulate is two operations
+    for hook in hooks:
+        hook.remove()
+    operations = {str(operator): flops // 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
+    linear_and_conv = sum(macs for operator, macs in operations.items() if operator in LINEAR_AND_CONV)
+    return Cost(macs=sum(operations.values()), linear_and_conv_macs=linear_and_conv, **calls)
+
+
+def _kind_of_call(layer: Any) -> str:
+    reuses = isinstance(layer.processor, GatedProcessor) and layer.processor.reuses
+    return f"{'cross' if is_cross_attention(layer) else 'self'}_{'reused' if reuses else 'computed'}"

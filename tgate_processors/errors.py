@@ -15,3 +15,7 @@ class UnsupportedPipelineError(TGateError, TypeError):
 
 class StateError(TGateError, RuntimeError):
     """A call came at the wrong time: applied twice, not advanced, asked for a summary before a run."""
+
+
+class MissingPackageError(TGateError, ImportError):
+    """An optional package is asked for and not installed."""

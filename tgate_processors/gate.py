@@ -59,6 +59,7 @@ class Gate:
         Raises:
             ConfigError: `num_inference_steps` is no whole number of at least 1.
         """
+        self.stop()
         self.schedule = Schedule(self.config, num_inference_steps, guidance=guidance)
         self._move_to(0)
         self.peak_cache_bytes = 0
@@ -104,9 +105,9 @@ class Gate:
         self.cross_attention = mode.cross_attention
         self.self_attention = mode.self_attention
         for layer in self.layers:
-            # A layer that does not reuse now has nothing left to read: it computes on, or stores anew.
+            # Only a store comes right before a reuse, so what a computing layer keeps is never read again.
             now = self.cross_attention if layer.is_cross_attention else self.self_attention
-            if now is not AttentionMode.REUSE:
+            if now is AttentionMode.COMPUTE:
                 layer.cached = None
 
     def _move_to(self, step: int) -> None:

@@ -10,20 +10,22 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from tgate_processors import pipelines
-from tgate_processors.cost import Evaluation, on_meta, run_macs
+from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_denoiser, on_meta
+from tgate_processors.deepcache import is_enabled, last_step_was_full, make_next_step_full
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.gate import Gate
 from tgate_processors.guidance import Inputs, halves_are_equal, repeat_branch, sample_of, take_branch
 from tgate_processors.installation import Installation, is_gated
-from tgate_processors.processors import attention_layers, is_cross_attention
-from tgate_processors.schedule import Schedule, StepClock, TGateConfig
+from tgate_processors.schedule import AttentionMode, Schedule, StepClock, StepMode, TGateConfig
 from tgate_processors.summary import Summary
 
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
-def apply_tgate(pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCallback | None = None) -> "TGate":
+def apply_tgate(
+    pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCallback | None = None, deepcache: Any = None
+) -> "TGate":
     """Gate a diffusers pipeline; its own `__call__` runs as before.
 
         tgate = apply_tgate(pipe, TGateConfig(gate_step=10))
@@ -34,6 +36,7 @@ def apply_tgate(pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCal
         pipe: A pipeline whose `unet` or `transformer` has cross-attention layers.
         config: When the gate closes, and what is reused.
         callback_on_step_end: A callback of your own, called after every step beside the handle's work.
+        deepcache: The `DeepCacheSDHelper` that is enabled on the pipeline, where there is one.
 
     Returns:
         The handle: the pipeline's `callback_on_step_end`, and a context manager that removes itself.
@@ -50,7 +53,12 @@ def apply_tgate(pipe: Any, config: TGateConfig, *, callback_on_step_end: StepCal
             f"`pipe` must not be gated already, got a gated {type(denoiser).__name__}. "
             "Call `remove()` on the handle of the first `apply_tgate`, then apply again."
         )
-    return TGate(pipe, denoiser, config, callback_on_step_end)
+    if deepcache is None and is_enabled(denoiser):
+        raise StateError(
+            "`deepcache` must be the helper that is enabled on the pipeline, got None. "
+            "Pass `apply_tgate(pipe, config, deepcache=helper)`, or call `helper.disable()` first."
+        )
+    return TGate(pipe, denoiser, config, callback_on_step_end, deepcache)
 
 
 @dataclass
@@ -62,9 +70,9 @@ class _Run:
     inputs: Inputs  # of the first evaluation, on the meta device
     guided: bool | None = None  # None until the gate has to know
     guided_batch: int = 0
-    folded: bool = False  # the evaluation under way
-    evaluations: list[tuple[int, int]] = field(default_factory=list)  # the step and the batch of each
-    num_done: int = 0
+    batch: int = 0  # of the evaluation under way
+    folded: bool = False  # whether it is one half
+    evaluations: list[tuple[int, int, bool]] = field(default_factory=list)  # step, batch and shallow of each
     num_callbacks: int = 0
 
 
@@ -81,13 +89,14 @@ class TGate:
     tensor_inputs: ClassVar[list[str]] = []
 
     def __init__(
-        self, pipe: Any, denoiser: Any, config: TGateConfig, callback_on_step_end: StepCallback | None
+        self, pipe: Any, denoiser: Any, config: TGateConfig, callback_on_step_end: StepCallback | None, deepcache: Any
     ) -> None:
         self.config = config
         self.gate = Gate(config)
         self.callback_on_step_end = callback_on_step_end
         self._pipe = pipe
         self._denoiser = denoiser
+        self._deepcache = deepcache
         self._branch = config.branch or pipelines.family_of(pipe).branch
         self._moved_by_callback = pipelines.takes_callback(pipe)
         self._run: _Run | None = None
@@ -123,7 +132,7 @@ class TGate:
         if self.callback_on_step_end is not None:
             callback_kwargs = self.callback_on_step_end(pipe, step_index, timestep, callback_kwargs)
         if getattr(pipe, "interrupt", False):
-            self.gate.stop()  # no step follows
+            self._finish()  # no step follows
         return callback_kwargs
 
     def remove(self) -> None:
@@ -145,17 +154,17 @@ class TGate:
         run = self._run
         if run is None or not run.evaluations:
             raise StateError("`summary` was called before a run. Run the pipeline first, then ask.")
-        layers = attention_layers(self._denoiser).values()
-        cross_layers = sum(map(is_cross_attention, layers))
         schedule = Schedule(self.config, run.clock.num_steps, guidance=bool(run.guided))
-        evaluations = tuple(Evaluation(schedule[step], batch) for step, batch in run.evaluations)
+        stock = Evaluation(StepMode.PLANNING, sample_of(run.inputs).shape[0])
+        done = [Evaluation(schedule[step], batch, shallow) for step, batch, shallow in run.evaluations]
+        model = meta_denoiser(self._denoiser)
+        costs = evaluation_costs(model, self.config, run.inputs, [stock, *done], self._deepcache)
         return Summary(
             schedule=schedule,
-            evaluations=evaluations,
-            cross_layers=cross_layers,
-            self_layers=len(layers) - cross_layers,
+            evaluations=tuple(done),
+            cost=sum((costs[evaluation] for evaluation in done), Cost()),
+            stock_macs=costs[stock].macs * len(done),
             cache_bytes=self.gate.peak_cache_bytes,
-            macs=run_macs(self._denoiser, self.config, run.inputs, evaluations),
         )
 
     # The hook on the denoiser
@@ -171,15 +180,20 @@ class TGate:
         batch = sample_of((args, kwargs)).shape[0]
         self._settle_guidance(run, sample_of((args, kwargs)))
         run.folded = self.gate.closed and bool(run.guided) and batch == run.guided_batch
-        run.evaluations.append((self.gate.step, batch // 2 if run.folded else batch))
+        run.batch = batch // 2 if run.folded else batch
+        if self._deepcache is not None and self._deep_features_do_not_fit(run):
+            make_next_step_full(self._deepcache)
         return take_branch((args, kwargs), batch, self._branch) if run.folded else None
 
     def _after(self, denoiser: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self._run
         assert run is not None
-        run.num_done += 1
+        if self.gate.schedule is None:
+            return None
+        shallow = self._deepcache is not None and not last_step_was_full(self._deepcache)
+        run.evaluations.append((self.gate.step, run.batch, shallow))
         if not self._moved_by_callback:
-            self._advance(run, run.num_done)
+            self._advance(run, len(run.evaluations))
         return repeat_branch(output, run.guided_batch) if run.folded else None
 
     def _begin(self, inputs: Inputs) -> _Run:
@@ -188,18 +202,30 @@ class TGate:
         self.gate.start(clock.num_steps, guidance=False)
         return _Run(weakref.ref(self._pipe.scheduler.timesteps), clock, on_meta(inputs))
 
+    def _deep_features_do_not_fit(self, run: _Run) -> bool:
+        if not run.evaluations:
+            return True
+        step, batch, _ = run.evaluations[-1]
+        stores = self.gate.cross_attention in (AttentionMode.STORE, AttentionMode.STORE_MEAN)
+        return batch != run.batch or (stores and step != self.gate.step)
+
     def _advance(self, run: _Run, evaluation: int) -> None:
         if evaluation < run.clock.num_evaluations:
             self.gate.advance(to_step=run.clock.step(evaluation))
         else:
-            self.gate.stop()
+            self._finish()
+
+    def _finish(self) -> None:
+        self.gate.stop()
+        if self._deepcache is not None:
+            make_next_step_full(self._deepcache)
 
     def _check_callback(self, run: _Run) -> None:
-        if self._moved_by_callback and run.num_done > run.num_callbacks:
+        if self._moved_by_callback and len(run.evaluations) > run.num_callbacks:
             raise StateError(
                 "`callback_on_step_end` must be the handle that `apply_tgate` returned, but it was not called after "
-                f"evaluation {run.num_done}. Pass it to the pipeline: `pipe(..., callback_on_step_end=tgate)`; "
-                "give a callback of your own to `apply_tgate`."
+                f"evaluation {len(run.evaluations)}. Pass it to the pipeline: "
+                "`pipe(..., callback_on_step_end=tgate)`; give a callback of your own to `apply_tgate`."
             )
 
     def _settle_guidance(self, run: _Run, sample: torch.Tensor) -> None:

@@ -15,8 +15,10 @@ class GatedProcessor:
     """Mixin over an attention processor: computes with the class below it, stores the output, or reuses it.
 
     What is stored is the output before the layer's residual connection and rescaling, `(batch, tokens, channels)`;
-    a layer with either adds its own fresh residual on reuse. Without a gate the processor only computes, so a
-    gated class can be made as diffusers makes processors anew (`type(processor)()`).
+    a layer with either adds its own fresh residual on reuse. A layer that was passed over in the step that stores
+    (DeepCache evaluates few layers in most steps) computes and stores in the first step that would reuse. Without a
+    gate the processor only computes, so a gated class can be made as diffusers makes processors anew
+    (`type(processor)()`).
     """
 
     gate: Gate | None = None
@@ -38,9 +40,9 @@ class GatedProcessor:
             *args: Any,
             **kwargs: Any,
         ) -> torch.Tensor:
-            mode = self.mode
-            if mode is AttentionMode.REUSE:
+            if self.reuses:
                 return self._reuse(attn, hidden_states)
+            mode = self.mode
             output: torch.Tensor = below(self, attn, hidden_states, *args, **kwargs)
             if mode is not AttentionMode.COMPUTE:
                 self._store(attn, hidden_states, output, mean=mode is AttentionMode.STORE_MEAN)
@@ -55,6 +57,11 @@ class GatedProcessor:
             return AttentionMode.COMPUTE
         return self.gate.cross_attention if self.is_cross_attention else self.gate.self_attention
 
+    @property
+    def reuses(self) -> bool:
+        """Whether a call now returns what is stored."""
+        return self.mode is AttentionMode.REUSE and self.cached is not None
+
     def _store(self, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor, *, mean: bool) -> None:
         if _rescales(attn):
             output = output * attn.rescale_output_factor
@@ -64,7 +71,7 @@ class GatedProcessor:
 
     def _reuse(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.cached
-        assert output is not None, "the schedule stores before it reuses"
+        assert output is not None
         if _adds_residual(attn):
             output = output + hidden_states
         return output / attn.rescale_output_factor if _rescales(attn) else output

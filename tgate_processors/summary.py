@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from itertools import groupby
 
-from tgate_processors.cost import Evaluation, RunMacs
-from tgate_processors.schedule import AttentionMode, Phase, Schedule
+from tgate_processors.cost import Cost, Evaluation
+from tgate_processors.schedule import Phase, Schedule
 
 
 @dataclass(frozen=True)
@@ -14,18 +14,16 @@ class Summary:
     Args:
         schedule: The modes of its steps.
         evaluations: The calls of the denoiser, in order.
-        cross_layers: Cross-attention layers of the denoiser.
-        self_layers: Self-attention layers of the denoiser.
+        cost: Their arithmetic and their calls of attention layers.
+        stock_macs: Multiply-accumulates of as many evaluations of the stock pipeline.
         cache_bytes: Bytes of attention output kept at the peak.
-        macs: The run's multiply-accumulates.
     """
 
     schedule: Schedule
     evaluations: tuple[Evaluation, ...]
-    cross_layers: int
-    self_layers: int
+    cost: Cost
+    stock_macs: int
     cache_bytes: int
-    macs: RunMacs
 
     @property
     def gate_closed_at(self) -> int | None:
@@ -39,33 +37,24 @@ class Summary:
         return tuple(evaluation.batch for evaluation in self.evaluations)
 
     @property
-    def cross_attention_computed(self) -> int:
-        """Calls of cross-attention layers that computed; the rest of `evaluations * cross_layers` reused."""
-        computed = [e.mode.cross_attention is not AttentionMode.REUSE for e in self.evaluations]
-        return self.cross_layers * sum(computed)
-
-    @property
-    def self_attention_computed(self) -> int:
-        """Calls of self-attention layers that computed; the rest of `evaluations * self_layers` reused."""
-        computed = [e.mode.self_attention is not AttentionMode.REUSE for e in self.evaluations]
-        return self.self_layers * sum(computed)
+    def macs_saved(self) -> float:
+        """The part of the stock pipeline's arithmetic that was not done, 0 to 1."""
+        return 1 - self.cost.macs / self.stock_macs
 
     def __str__(self) -> str:
-        calls = len(self.evaluations)
+        cost = self.cost
         closed = "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
         batches = " + ".join(f"{len(list(run))} x {batch}" for batch, run in groupby(self.batches))
+        shallow = sum(evaluation.shallow for evaluation in self.evaluations)
         return "\n".join(
             [
                 f"steps             {len(self.schedule)}, gate {closed}",
-                f"evaluations       {calls}, batches {batches}",
-                f"cross-attention   {_calls(self.cross_attention_computed, calls * self.cross_layers)}",
-                f"self-attention    {_calls(self.self_attention_computed, calls * self.self_layers)}",
+                f"evaluations       {len(self.evaluations)}, batches {batches}"
+                + (f", {shallow} of them shallow" if shallow else ""),
+                f"cross-attention   {cost.cross_computed} calls computed, {cost.cross_reused} reused",
+                f"self-attention    {cost.self_computed} calls computed, {cost.self_reused} reused",
                 f"cache at peak     {self.cache_bytes / 2**20:.2f} MiB",
-                f"arithmetic        {self.macs.gated / 1e9:.3f} of {self.macs.stock / 1e9:.3f} GMACs, "
-                f"{self.macs.saved:.1%} saved",
+                f"arithmetic        {cost.macs / 1e9:.3f} of {self.stock_macs / 1e9:.3f} GMACs, "
+                f"{self.macs_saved:.1%} saved",
             ]
         )
-
-
-def _calls(computed: int, total: int) -> str:
-    return f"{computed} calls computed, {total - computed} reused"

@@ -1,0 +1,74 @@
+"""Running beside DeepCache (Ma et al. 2023, the `DeepCache` package 0.1.1), which skips the deep layers in most steps.
+
+DeepCache keeps deep features from its last full step. They do not fit once guidance is dropped and the batch halved,
+and every cross-attention layer must be evaluated in the step that stores: both steps must be full ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tgate_processors.errors import MissingPackageError, StateError
+from tgate_processors.schedule import require_whole
+
+
+def is_enabled(denoiser: torch.nn.Module) -> bool:
+    """Whether a DeepCache helper wraps the denoiser's forward."""
+    return getattr(denoiser.forward, "__qualname__", "").startswith("DeepCacheSDHelper.")
+
+
+def make_helper(pipe: Any, cache_interval: int, cache_branch_id: int) -> Any:
+    """A DeepCache helper for the pipeline, not enabled.
+
+    Raises:
+        ConfigError: An argument breaks its rule.
+        MissingPackageError: The `DeepCache` package is not installed.
+    """
+    require_whole("cache_interval", cache_interval, least=1)
+    require_whole("cache_branch_id", cache_branch_id, least=0)
+    try:
+        from DeepCache import DeepCacheSDHelper  # an optional extra: imported only when asked for
+    except ImportError as error:
+        raise MissingPackageError(
+            "`DeepCache` must be installed to run beside it. Run `pip install 'tgate-processors[deepcache]'`."
+        ) from error
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=cache_interval, cache_branch_id=cache_branch_id)
+    return helper
+
+
+@contextmanager
+def enabled(helper: Any) -> Iterator[None]:
+    """DeepCache enabled for a while. Afterwards every module's `forward` is as before, its own attribute or none.
+
+    Raises:
+        StateError: A DeepCache helper is enabled on the pipeline already.
+    """
+    denoiser = helper.pipe.unet
+    if is_enabled(denoiser):
+        raise StateError(
+            "`pipe` must not have DeepCache enabled already, got an enabled helper. Call its `disable()` first."
+        )
+    before = {module: vars(module).get("forward") for module in denoiser.modules()}
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+        for module, forward in before.items():  # `disable` leaves an attribute where there was none
+            if forward is None:
+                vars(module).pop("forward", None)
+
+
+def make_next_step_full(helper: Any) -> None:
+    """Drop the deep features: DeepCache's interval begins anew with the next evaluation."""
+    helper.cached_output.clear()
+    helper.start_timestep = None
+
+
+def last_step_was_full(helper: Any) -> bool:
+    """Whether the last evaluation ran all layers."""
+    since = helper.cur_timestep - helper.start_timestep
+    return bool(since % helper.params["cache_interval"] == 0)

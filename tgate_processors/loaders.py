@@ -1,0 +1,135 @@
+"""The loaders of the original package (tgate 0.1.2 and 1.0.0): `pipe.tgate(...)` is `pipe(...)`, gated for that call."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from tgate_processors import deepcache, pipelines
+from tgate_processors.errors import ConfigError
+from tgate_processors.handle import apply_tgate
+from tgate_processors.schedule import TGateConfig
+
+
+def TgateSDLoader(pipe: Any, *, gate_step: int = 10, num_inference_steps: int | None = None, lcm: bool = False) -> Any:
+    """Give the pipeline a method `tgate`, and return the pipeline. `pipe(...)` stays as it is.
+
+        pipe = TgateSDXLLoader(pipe, gate_step=10, num_inference_steps=25).to("cuda")
+        image = pipe.tgate("Astronaut in a jungle").images[0]
+
+    `pipe.tgate` takes what the pipeline's own `__call__` takes and `gate_step`, `sp_interval=1`, `fi_interval=1`,
+    `warm_up=0` and `lcm`; what is given here are its defaults. A `callback_on_step_end` is called beside the gate.
+
+    Args:
+        pipe: A pipeline that `apply_tgate` can gate.
+        gate_step: Number of steps before the gate closes.
+        num_inference_steps: Number of steps; None takes the pipeline's own default.
+        lcm: Says that the model runs without guidance, as latent-consistency models do. The gate finds out by
+            itself; where the run has guidance, `lcm=True` is an error.
+
+    Raises:
+        ConfigError: An argument breaks its rule.
+        UnsupportedPipelineError: Nothing in the pipeline can be gated.
+        StateError: The pipeline is gated already, or has DeepCache enabled.
+    """
+    return _load(pipe, None, gate_step, num_inference_steps, lcm)
+
+
+TgateSDXLLoader = TgatePixArtLoader = TgatePixArtAlphaLoader = TgatePixArtSigmaLoader = TgateSVDLoader = TgateSDLoader
+
+
+def TgateSDDeepCacheLoader(
+    pipe: Any,
+    cache_interval: int = 3,
+    cache_branch_id: int = 0,
+    *,
+    gate_step: int = 10,
+    num_inference_steps: int | None = None,
+    lcm: bool = False,
+) -> Any:
+    """As `TgateSDLoader`, and every `pipe.tgate(...)` runs beside DeepCache, which `pipe(...)` does not.
+
+    Args:
+        pipe: A Stable Diffusion or SDXL pipeline.
+        cache_interval: Every how many steps all layers are evaluated.
+        cache_branch_id: The skip connection above which layers are evaluated in the other steps.
+        gate_step, num_inference_steps, lcm: As for `TgateSDLoader`.
+
+    Raises:
+        MissingPackageError: The `DeepCache` package is not installed.
+        ConfigError, UnsupportedPipelineError, StateError: As for `TgateSDLoader`.
+    """
+    return _load(
+        pipe, deepcache.make_helper(pipe, cache_interval, cache_branch_id), gate_step, num_inference_steps, lcm
+    )
+
+
+TgateSDXLDeepCacheLoader = TgateSDDeepCacheLoader
+
+
+def _load(pipe: Any, helper: Any, gate_step: int, num_inference_steps: int | None, lcm: bool) -> Any:
+    defaults = {"gate_step": gate_step, "lcm": lcm}
+    if num_inference_steps is not None:
+        TGateConfig(gate_step=gate_step).schedule(num_inference_steps)
+        defaults["num_inference_steps"] = num_inference_steps
+    apply_tgate(pipe, TGateConfig(gate_step=gate_step)).remove()  # what cannot be gated says so now
+
+    def tgate(*args: Any, **kwargs: Any) -> Any:
+        return _call(pipe, helper, *args, **defaults | kwargs)
+
+    tgate.__doc__ = f"`{type(pipe).__name__}.__call__` with the gate on for this call; see `TgateSDLoader`."
+    pipe.tgate = tgate
+    return pipe
+
+
+def _call(
+    pipe: Any,
+    helper: Any,
+    *args: Any,
+    gate_step: int,
+    lcm: bool,
+    sp_interval: int = 1,
+    fi_interval: int = 1,
+    warm_up: int = 0,
+    callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    _check_call(pipe, args, kwargs, gate_step, lcm)
+    config = TGateConfig(gate_step=gate_step, sp_interval=sp_interval, fi_interval=fi_interval, warm_up=warm_up)
+    has_callback = pipelines.takes_callback(pipe)
+    if callback_on_step_end is not None and not has_callback:
+        raise ConfigError(
+            f"`callback_on_step_end` must be left out, since {type(pipe).__name__} calls none, got "
+            f"{callback_on_step_end!r}. Pass its older `callback`."
+        )
+    needs = getattr(callback_on_step_end, "tensor_inputs", None)
+    if needs is not None:  # an official callback of diffusers
+        kwargs["callback_on_step_end_tensor_inputs"] = needs
+    with (
+        nullcontext() if helper is None else deepcache.enabled(helper),
+        apply_tgate(pipe, config, callback_on_step_end=callback_on_step_end, deepcache=helper) as handle,
+    ):
+        if has_callback:
+            kwargs["callback_on_step_end"] = handle
+        return pipe(*args, **kwargs)
+
+
+def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gate_step: int, lcm: bool) -> None:
+    """Say before the run what does not fit it."""
+    call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
+    call.apply_defaults()
+    steps = call.arguments["num_inference_steps"]
+    if gate_step >= steps:
+        warnings.warn(
+            f"`gate_step` should be below the number of steps, got {gate_step} of {steps}: the gate never closes. "
+            f"Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
+            stacklevel=4,
+        )
+    scale = call.arguments.get("guidance_scale", call.arguments.get("max_guidance_scale"))
+    embeds_guidance = getattr(pipelines.denoiser_of(pipe).config, "time_cond_proj_dim", None) is not None
+    if lcm and scale is not None and scale > 1 and not embeds_guidance:
+        raise ConfigError(
+            f"`lcm` must be False in a run with guidance, got True with a guidance scale of {scale}. "
+            "Leave `lcm` out, or pass `guidance_scale=0`."
+        )
