@@ -19,6 +19,8 @@ ORDER = [
     "summary",
     "handle",
     "loaders",
+    "architectures",
+    "run_cost",
     "__init__",
     "demo",
     "cli",

@@ -73,8 +73,8 @@ def meta_denoiser(denoiser: Any) -> Any:
 
 def evaluation_costs(
     model: Any, config: TGateConfig, inputs: Inputs, evaluations: Sequence[Evaluation], deepcache: Any = None
-) -> dict[Evaluation, Cost]:
-    """The cost of each kind of evaluation among `evaluations`, each run once.
+) -> tuple[dict[Evaluation, Cost], int]:
+    """The cost of each kind of evaluation among `evaluations`, each run once, and the bytes kept at the peak.
 
     Args:
         model: From `meta_denoiser`; it is gated here.
@@ -97,7 +97,8 @@ def evaluation_costs(
             if helper is not None:
                 given = _for_deepcache(given, helper, evaluation.shallow)
             costs[evaluation] = _count(model, given)
-    return costs
+    gate.stop()
+    return costs, gate.peak_cache_bytes
 
 
 def _beside(model: Any, deepcache: Any, stack: ExitStack) -> Any:

@@ -158,7 +158,7 @@ class TGate:
         stock = Evaluation(StepMode.PLANNING, sample_of(run.inputs).shape[0])
         done = [Evaluation(schedule[step], batch, shallow) for step, batch, shallow in run.evaluations]
         model = meta_denoiser(self._denoiser)
-        costs = evaluation_costs(model, self.config, run.inputs, [stock, *done], self._deepcache)
+        costs, _ = evaluation_costs(model, self.config, run.inputs, [stock, *done], self._deepcache)
         return Summary(
             schedule=schedule,
             evaluations=tuple(done),

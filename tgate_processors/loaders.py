@@ -1,4 +1,4 @@
-"""The loaders of the original package (tgate 0.1.2 and 1.0.0): `pipe.tgate(...)` is `pipe(...)`, gated for that call."""
+"""The original package's loaders (tgate 0.1.2 and 1.0.0): `pipe.tgate(...)` is `pipe(...)`, gated for that call."""
 
 import inspect
 import warnings

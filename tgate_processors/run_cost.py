@@ -1,0 +1,178 @@
+"""What a gated run of an architecture costs beside the stock run, and the benchmark table of the documentation."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tgate_processors import deepcache
+from tgate_processors.architectures import Architecture, architecture
+from tgate_processors.cost import Cost, Evaluation, evaluation_costs
+from tgate_processors.processors import attention_layers, is_cross_attention
+from tgate_processors.schedule import Phase, StepMode, TGateConfig, format_table
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """A run of one picture, gated, beside the stock run.
+
+    Args:
+        steps: Denoising steps.
+        stock_macs, gated_macs: Multiply-accumulates, attention's matrix products among them.
+        stock_linear_and_conv_macs, gated_linear_and_conv_macs: Those of Linear and Conv layers alone, as published.
+        parameters: Of the denoiser.
+        parameters_without_gated: The same less those of the cross-attention layers.
+        cache_bytes: Attention output kept at the peak, in half precision.
+    """
+
+    steps: int
+    stock_macs: int
+    gated_macs: int
+    stock_linear_and_conv_macs: int
+    gated_linear_and_conv_macs: int
+    parameters: int
+    parameters_without_gated: int
+    cache_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times less arithmetic the gated run does."""
+        return self.stock_macs / self.gated_macs
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields and the ratio."""
+        return asdict(self) | {"ratio": self.ratio}
+
+    def __str__(self) -> str:
+        stock, gated = self.stock_macs, self.gated_macs
+        stock_lc, gated_lc = self.stock_linear_and_conv_macs, self.gated_linear_and_conv_macs
+        return format_table(
+            [
+                (f"{self.steps} steps, one picture", "stock", "gated", "ratio"),
+                ("TMACs, with attention's products", *_tera(stock, gated), f"{self.ratio:.3f}"),
+                ("TMACs, Linear and Conv only", *_tera(stock_lc, gated_lc), f"{stock_lc / gated_lc:.3f}"),
+                ("parameters", f"{self.parameters:,}", f"{self.parameters_without_gated:,} after the gate", ""),
+                ("cache in half precision", "", f"{self.cache_bytes / 2**20:.1f} MiB", ""),
+            ]
+        )
+
+
+def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | None = None) -> RunCost:
+    """Count a run, gated by this library's own processors, on the meta device.
+
+    Args:
+        known: From `architecture` or `pipeline_on_disk`.
+        config: The gate's settings.
+        cache_interval: Beside DeepCache with this interval and branch 0, gated and stock; None is without.
+
+    Raises:
+        ConfigError: An argument breaks its rule.
+        MissingPackageError: DeepCache is asked for and not installed.
+    """
+    model = known.build()
+    helper = None if cache_interval is None else deepcache.make_helper(None, cache_interval, 0)
+    batch = 2 if known.guidance else 1
+    schedule = config.schedule(known.steps, guidance=known.guidance)
+    folded = [known.guidance and mode.phase is Phase.FIDELITY for mode in schedule.modes]
+    starts = [step for step, mode in enumerate(schedule.modes) if _begins_anew(config, step, mode, folded[step])]
+    gated = [
+        Evaluation(mode, 1 if folded[step] else batch, _is_shallow(step, starts, cache_interval))
+        for step, mode in enumerate(schedule.modes)
+    ]
+    stock = [
+        Evaluation(StepMode.PLANNING, batch, _is_shallow(step, [0], cache_interval)) for step in range(known.steps)
+    ]
+    costs, peak = evaluation_costs(model, config, known.inputs(model), [*stock, *gated], helper)
+    stock_cost = sum((costs[evaluation] for evaluation in stock), Cost())
+    gated_cost = sum((costs[evaluation] for evaluation in gated), Cost())
+    parameters = _count_parameters(model)
+    cross = sum(map(_count_parameters, filter(is_cross_attention, attention_layers(model).values())))
+    return RunCost(
+        steps=known.steps,
+        stock_macs=stock_cost.macs,
+        gated_macs=gated_cost.macs,
+        stock_linear_and_conv_macs=stock_cost.linear_and_conv_macs,
+        gated_linear_and_conv_macs=gated_cost.linear_and_conv_macs,
+        parameters=parameters,
+        parameters_without_gated=parameters - cross,
+        cache_bytes=peak // 2,  # counted in single precision
+    )
+
+
+def _begins_anew(config: TGateConfig, step: int, mode: StepMode, folded: bool) -> bool:
+    """Whether DeepCache's interval begins at this step, as beside a running gate."""
+    closes = step == config.gate_step - 1 and mode.cross_attention is not StepMode.PLANNING.cross_attention
+    return step == 0 or closes or (folded and step == config.gate_step)
+
+
+def _is_shallow(step: int, starts: list[int], cache_interval: int | None) -> bool:
+    if cache_interval is None:
+        return False
+    return (step - max(start for start in starts if start <= step)) % cache_interval != 0
+
+
+def _count_parameters(module: Any) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _tera(*macs: int) -> tuple[str, ...]:
+    return tuple(f"{value / 1e12:.3f}" for value in macs)
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A row of the original's benchmark table: what was run, and the TMACs that were published for it."""
+
+    name: str
+    model: str
+    tmacs: float
+    gate: TGateConfig | None = None
+    cache_interval: int | None = None
+
+
+_FIVE, _EIGHT, _ONE = TGateConfig(gate_step=5), TGateConfig(gate_step=8), TGateConfig(gate_step=1)
+_SDXL_2 = TGateConfig(gate_step=10, sp_interval=5, fi_interval=1, warm_up=2)
+_PIXART_2 = TGateConfig(gate_step=15, sp_interval=3, fi_interval=1, warm_up=2)
+PUBLISHED = (
+    # tgate 0.1.2, README
+    PublishedRow("SD-1.5", "sd-1.5", 16.938),
+    PublishedRow("SD-1.5 w/ TGATE", "sd-1.5", 9.875, _FIVE),
+    PublishedRow("SD-2.1", "sd-2.1", 38.041),
+    PublishedRow("SD-2.1 w/ TGATE", "sd-2.1", 22.208, _FIVE),
+    PublishedRow("SD-XL", "sdxl", 149.438),
+    PublishedRow("SD-XL w/ TGATE", "sdxl", 84.438, _FIVE),
+    PublishedRow("Pixart-Alpha", "pixart-alpha", 107.031),
+    PublishedRow("Pixart-Alpha w/ TGATE", "pixart-alpha", 65.318, _EIGHT),
+    PublishedRow("DeepCache (SD-XL)", "sdxl", 57.888, None, 3),
+    PublishedRow("DeepCache w/ TGATE", "sdxl", 43.868, TGateConfig(gate_step=10), 3),
+    PublishedRow("LCM (SD-XL)", "lcm-sdxl", 11.955),
+    PublishedRow("LCM w/ TGATE", "lcm-sdxl", 11.171, _ONE),
+    PublishedRow("LCM (Pixart-Alpha)", "lcm-pixart", 8.563),
+    PublishedRow("LCM w/ TGATE", "lcm-pixart", 7.623, _ONE),
+    # tgate 1.0.0, README
+    PublishedRow("SD-XL w/ TGATE, second version", "sdxl", 95.988, _SDXL_2),
+    PublishedRow("Pixart-Alpha w/ TGATE, second version", "pixart-alpha", 73.971, _PIXART_2),
+    PublishedRow("Pixart-Sigma", "pixart-sigma", 107.766),
+    PublishedRow("Pixart-Sigma w/ TGATE, second version", "pixart-sigma", 74.420, _PIXART_2),
+)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A published row beside what was counted here, TMACs of Linear and Conv layers."""
+
+    name: str
+    published_tmacs: float
+    tmacs: float
+    tmacs_with_attention: float
+
+    @property
+    def difference(self) -> float:
+        """Relative to the published figure."""
+        return self.tmacs / self.published_tmacs - 1
+
+
+def table_row(row: PublishedRow) -> TableRow:
+    """Count a row of the published table."""
+    known = architecture(row.model)
+    config = row.gate or TGateConfig(gate_step=known.steps)
+    cost = run_cost(known, config, cache_interval=row.cache_interval)
+    return TableRow(row.name, row.tmacs, cost.gated_linear_and_conv_macs / 1e12, cost.gated_macs / 1e12)
