@@ -1,0 +1,94 @@
+"""The demo: the embedded model, gated, from the command to the picture."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from tgate_processors import TGateConfig
+from tgate_processors.cli import main
+from tgate_processors.demo import load_demo_pipeline, parse
+from tgate_processors.demo.compare import compare
+from tgate_processors.demo.tradeoff import cross_attention_change, drop_guidance
+
+
+PROMPT = "a large red circle left of a small blue square on a yellow background"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_command_draws_and_tells(tmp_path, capsys):
+    out = tmp_path / "pair.png"
+    arguments = ["demo", PROMPT, "--steps", "4", "--gate-step", "2", "--rounds", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for line in ("arithmetic, GMACs a picture", "faster", "attributes right", "wholly right", "dB", str(out)):
+        assert line in printed
+    with Image.open(out) as picture:
+        assert picture.size == (96 + 192 + 2 * 16, 64 + 2 * (192 + 16) + 4 * 16 + 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a large red fox on a white background"], "got the unknown 'fox'"),
+        (["--gate-step", "0"], "`gate_step` must be a whole number of at least 1, got 0"),
+        (["--steps", "0"], "`steps` must be a whole number of at least 1, got 0"),
+        (["--count", "-1"], "`count` must be a whole number of at least 1, got -1"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_module_to_run():
+    shown = subprocess.run(
+        [sys.executable, "-m", "tgate_processors", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "demo" in shown.stdout
+
+
+def comparison(pipe, gate_step):
+    return compare(
+        pipe, [parse(PROMPT)] * 2, TGateConfig(gate_step=gate_step), seed=3, steps=4, guidance=5.0, rounds=1
+    )
+
+
+def test_both_start_from_the_same_noise(pipe):
+    same = comparison(pipe, gate_step=4)
+    assert torch.equal(same.stock.pictures, same.gated.pictures)
+    assert same.summary.macs_saved == 0
+    gated = comparison(pipe, gate_step=1)
+    assert torch.equal(same.stock.pictures, gated.stock.pictures)
+    assert gated.summary.macs_saved > 0.3
+    assert (gated.psnr < 40).all()
+
+
+def test_the_likeness_by_hand(pipe):
+    pair = comparison(pipe, gate_step=4)
+    pair.gated.pictures = pair.stock.pictures + 0.2  # of a range of 2: a tenth, 20 dB
+    torch.testing.assert_close(pair.psnr, torch.full((2,), 20.0))
+
+
+def test_the_control_drops_guidance_and_keeps_the_prompt(pipe):
+    batches = []
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    generator = torch.Generator().manual_seed(0)
+    pipe([PROMPT] * 2, num_inference_steps=5, generator=generator, output_type="latent", **drop_guidance(2))
+    hook.remove()
+    assert batches == [4, 4, 2, 2, 2]
+
+
+def test_the_change_of_cross_attention(pipe):
+    change = cross_attention_change(pipe, [PROMPT], [0], num_inference_steps=5, guidance_scale=5.0)
+    assert change.shape == (4,)
+    assert (change > 0).all()
+    assert not pipe.unet._forward_pre_hooks

@@ -1,0 +1,111 @@
+"""Training is repeatable and resumable, and the measuring code pairs pictures with their seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes, table
+from tgate_processors.demo.model import build_tokenizer
+from tgate_processors.demo.render import render
+from tgate_processors.demo.train import draw_batch, lesson_rows, tokenize, unet_trainer
+from tgate_processors.demo.trainer import Settings, Trainer, step_generator
+from tgate_processors.demo.world import caption, is_held_out
+
+
+LATENTS = torch.linspace(-1, 1, 6 * 4 * 8 * 8).view(6, 4, 8, 8)
+CAPTION = "a large red circle on a blue background"
+
+
+def _trainer(out: Path) -> Trainer:
+    settings = Settings(steps=4, batch=2, learning_rate=1e-3, warm_up=2)
+    tokens = tokenize(build_tokenizer(), [CAPTION] * 6)
+    return unet_trainer(LATENTS, tokens, settings, out, block_out_channels=(16, 16, 16))
+
+
+def _weights(trainer: Trainer) -> list[Tensor]:
+    return [*trainer.network.parameters(), *trainer.averaged.parameters()]
+
+
+def test_two_and_two_steps_are_four(tmp_path: Path) -> None:
+    straight = _trainer(tmp_path / "straight")
+    straight.run()
+    _trainer(tmp_path / "halves").run(until=2)
+    resumed = _trainer(tmp_path / "halves")
+    assert resumed.step == 2
+    resumed.run()
+    assert straight.step == resumed.step == 4
+    for one, other in zip(_weights(straight), _weights(resumed), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    def batch(seed: int, step: int) -> list[Tensor]:
+        return list(draw_batch(4, LATENTS, step_generator(seed, "unet", step), torch.arange(6)))
+
+    assert all(map(torch.equal, batch(1, 7), batch(1, 7)))
+    assert not torch.equal(batch(1, 7)[1], batch(1, 8)[1])
+    assert not torch.equal(batch(1, 7)[1], batch(2, 7)[1])
+
+
+def test_one_lesson_is_of_straight_pairs_and_one_brings_back_a_third_of_the_turned() -> None:
+    tokenizer = build_tokenizer()
+    pair = "a large red circle {} a small blue square on a pink background"
+    captions = [CAPTION, pair.format("left of"), pair.format("below"), pair.format("above"), CAPTION]
+    captions += [pair.format("right of"), pair.format("right of")]  # rows 5 and 6; of the turned, 6 stays
+    straight, some = lesson_rows(tokenize(tokenizer, captions), tokenizer)
+    assert straight.tolist() == [1, 3]
+    assert some.tolist() == [0, 1, 3, 4, 6]
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    settings = Settings(steps=100, batch=1, learning_rate=2.0, warm_up=4)
+    assert [settings.rate(step) for step in (0, 1, 3, 50, 75)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert settings.rate(99) == pytest.approx(2.0 / 25)  # one of the decay's 25 steps is left
+
+
+def test_settings_refuse_what_cannot_train() -> None:
+    with pytest.raises(ValueError, match=r"`steps` must be above 0, got 0"):
+        Settings(steps=0, batch=1, learning_rate=1.0)
+
+
+def test_held_out_scenes_are_held_out_and_longer_lists_begin_alike() -> None:
+    scenes = held_out_scenes(8, seed=0)
+    assert all(map(is_held_out, scenes))
+    assert scenes[:3] == held_out_scenes(3, seed=0)
+
+
+def test_adherence_of_drawings_is_whole() -> None:
+    scenes = held_out_scenes(8, seed=0)
+    shares = adherence(render(scenes, torch.Generator().manual_seed(0)), scenes)
+    assert {share.mean for share in shares.values()} == {1.0}
+    assert "all" in table(shares)
+
+
+class _Echo:
+    """Stands where a pipeline does and returns each prompt's first noise as its picture."""
+
+    def __call__(self, prompt: list[str], generator: list[torch.Generator], **_: Any) -> Any:
+        self.images = torch.stack([torch.rand(3, 2, 2, generator=g) for g in generator])
+        return self
+
+
+def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch() -> None:
+    pipe: Any = _Echo()
+    together = generate(pipe, [CAPTION] * 3, [5, 6, 7])
+    assert torch.equal(together, generate(pipe, [CAPTION] * 3, [5, 6, 7], batch_size=2))
+    assert torch.equal(together[1:2], generate(pipe, [CAPTION], [6]))
+
+
+def test_seeds_must_be_as_many_as_prompts() -> None:
+    with pytest.raises(ValueError, match="`seeds` must be as many as the prompts, got 1 for 2"):
+        generate(_Echo(), [CAPTION] * 2, [0])  # type: ignore[arg-type]
+
+
+def test_captions_are_held_to_the_tokens_of_the_pipeline() -> None:
+    scenes = held_out_scenes(3, seed=1)
+    assert tokenize(build_tokenizer(), [caption(scene) for scene in scenes]).shape == (3, 20)

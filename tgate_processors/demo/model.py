@@ -1,0 +1,146 @@
+"""The demo's Stable Diffusion: stock classes throughout, only small.
+
+Everything here is a function of its arguments, so that training builds exactly what the package ships.
+"""
+
+import string
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tgate_processors.demo.world import RESOLUTION, WORDS
+
+
+WEIGHTS = Path(__file__).parent / "weights"
+TOKENS = 20  # a caption's words (16 at most) and the two marks around them, with a little room
+WIDTH = 96  # channels of a token, and of the U-Net's cross-attention
+SCALE = 4  # pixels a latent, along one side
+LATENT_CHANNELS = 4
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer with a vocabulary of this world's words, one token for each."""
+    vocabulary, merges = byte_pairs(WORDS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def byte_pairs(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary and ranked merges with which each of `words` becomes one token.
+
+    Merges are found by running the tokenizer's own algorithm: a word that ends in several tokens gets a
+    merge for its first two, ranked last, so that no word finished before is cut in another way.
+    """
+    letters = string.ascii_lowercase
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        parts = _merged([*word[:-1], word[-1] + "</w>"], ranks)
+        while len(parts) > 1:
+            ranks[parts[0], parts[1]] = len(ranks)
+            parts = _merged(parts, ranks)
+    tokens += dict.fromkeys(left + right for left, right in ranks)
+    return {token: index for index, token in enumerate([*tokens, START, END])}, list(ranks)
+
+
+def _merged(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: joins the best ranked neighbours until none are left that may be joined."""
+    while known := [pair for pair in pairwise(parts) if pair in ranks]:
+        left, right = min(known, key=ranks.__getitem__)
+        place = list(pairwise(parts)).index((left, right))
+        parts = [*parts[:place], left + right, *parts[place + 2 :]]
+    return parts
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            # CLIP's own deviations are made for a width of 512 and start this one too near to zero.
+            initializer_factor=2.0,
+        )
+    )
+
+
+def build_unet(block_out_channels: tuple[int, ...] = (64, 64, 128)) -> UNet2DConditionModel:
+    """Cross-attention in the two finer of three resolutions, and in the middle as in Stable Diffusion."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // SCALE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=block_out_channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,  # despite its name: the number of heads
+        norm_num_groups=16,
+    )
+
+
+def build_vae(block_out_channels: tuple[int, ...] = (16, 32, 48)) -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=RESOLUTION,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise levels; the network predicts the velocity."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def build_pipeline(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The stock pipeline around these parts; it has no safety checker, since the world has no harm in it."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=build_tokenizer(),
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_demo_pipeline(folder: str | Path = WEIGHTS, **kwargs: Any) -> StableDiffusionPipeline:
+    """The trained demo model in float32, kept in half precision; needs no network.
+
+    `kwargs` go to `StableDiffusionPipeline.from_pretrained`.
+    """
+    if not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(
+            f"`folder` must hold a trained demo model, got {str(folder)!r} without a model_index.json; "
+            "train one with `python -m tgate_processors.demo.train --out FOLDER`."
+        )
+    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **kwargs)

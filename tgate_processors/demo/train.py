@@ -1,0 +1,199 @@
+"""Trains the demo model from nothing: `python -m tgate_processors.demo.train --out DIR`.
+
+Stops and starts at will: checkpoints lie in DIR/checkpoints and the finished model in DIR/weights. Two
+processes (`torchrun --nproc-per-node 2 -m tgate_processors.demo.train ...`) suit a CPU of two cores, where
+the whole takes some seventy minutes. The packaged weights were made so, stopped and resumed on the way, and the lessons
+(`lesson_rows`) were found on the way too: the defaults are the run as it was in the end, not a second run of it.
+"""
+
+import argparse
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from tgate_processors.demo.autoencoder import BATCH, encode, reconstruction_score, train_vae, vae_loss, vae_settings
+from tgate_processors.demo.model import (
+    build_pipeline,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+)
+from tgate_processors.demo.render import render
+from tgate_processors.demo.trainer import Settings, Trainer, rank, share, step_generator
+from tgate_processors.demo.world import caption, sample_scenes
+
+
+POOL = 48  # chunks of encoded pictures that the U-Net learns from
+CHUNK = 1024  # pictures
+LESSONS = range(3750, 4050), range(4050, 4500)  # steps, see `lesson_rows`
+UNCAPTIONED = 0.12  # the share of captions replaced by the empty one, for guidance
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tgate_processors.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the model")
+    parser.add_argument("--steps", type=int, default=6250, help="of the U-Net and text encoder")
+    parser.add_argument("--until", type=int, help="stop after this many steps, to go on some other time")
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if "RANK" in os.environ:  # set by torchrun
+        distributed.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
+    vae = make_vae(options.out, options.vae_steps, options.seed, options.device)
+    latents, tokens = make_pool(options.out / "pool", vae, options.seed)
+    settings = Settings(
+        steps=options.steps, batch=options.batch, learning_rate=options.learning_rate, seed=options.seed
+    )
+    precision = getattr(torch, options.precision)
+    trainer = unet_trainer(latents, tokens, settings, options.out, options.device, precision=precision)
+    trainer.run(options.until)
+    if rank() == 0:
+        save_weights(options.out / "weights", vae, trainer.averaged)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def make_vae(out: Path, steps: int, seed: int, device: str) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    vae = build_vae().to(device)
+    checkpoint = out / "checkpoints" / "vae.ckpt"
+    trainer = Trainer(vae, lambda _, g: vae_loss(vae, BATCH, g), vae_settings(steps, seed), checkpoint)
+    trained = train_vae(trainer, seed)
+    if rank() == 0:
+        print(f"the checker reads all of {reconstruction_score(trained):.1%} of the reconstructions right")
+    return trained
+
+
+def make_pool(folder: Path, vae: AutoencoderKL, seed: int, chunks: int = POOL) -> tuple[Tensor, Tensor]:
+    """Scaled latents (pictures, channels, height, width), token ids (pictures, tokens); kept in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = share(torch.arange(chunks)).tolist()
+    for index in tqdm(mine, desc="pool", disable=rank() > 0):
+        path = folder / f"{index:03}.safetensors"
+        if not path.is_file():
+            save_file(_chunk(vae, step_generator(seed, "pool", index)), path)
+    if distributed.is_initialized():
+        distributed.barrier()
+    files = [load_file(folder / f"{index:03}.safetensors") for index in range(chunks)]
+    return torch.cat([file["latents"] for file in files]), torch.cat([file["tokens"] for file in files])
+
+
+def _chunk(vae: AutoencoderKL, generator: torch.Generator) -> dict[str, Tensor]:
+    scenes = sample_scenes(CHUNK, generator)
+    latents = encode(vae, render(scenes, generator)) * vae.config["scaling_factor"]
+    return {"latents": latents, "tokens": tokenize(build_tokenizer(), [caption(scene) for scene in scenes])}
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids as the pipeline makes them -> (captions, tokens)."""
+    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
+def unet_trainer(
+    latents: Tensor,
+    tokens: Tensor,
+    settings: Settings,
+    out: Path,
+    device: str = "cpu",
+    block_out_channels: tuple[int, ...] = (64, 64, 128),
+    precision: torch.dtype = torch.float32,
+) -> Trainer:
+    """Trains text encoder and U-Net together on a pool of latents and their captions' tokens."""
+    torch.manual_seed(settings.seed)
+    tokenizer = build_tokenizer()
+    networks = {"text_encoder": build_text_encoder(tokenizer), "unet": build_unet(block_out_channels)}
+    network = nn.ModuleDict(networks).to(device)
+    scheduler, blank = build_scheduler(), tokenize(tokenizer, [""])
+
+    everything, lessons = torch.arange(len(latents)), lesson_rows(tokens, tokenizer)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        taught = [rows for rows, steps in zip(lessons, LESSONS, strict=True) if step in steps]
+        choice = taught[0] if taught else everything
+        rows, noise, timesteps, dropped = draw_batch(settings.batch, latents, generator, choice)
+        if taught:
+            # Where things go is settled in the noisiest quarter of the steps, so three in four go there.
+            timesteps[settings.batch // 4 :] = 750 + timesteps[settings.batch // 4 :] // 4
+        words = torch.where(dropped[:, None], blank, tokens[rows])
+        batch = (latents[rows], noise, timesteps, words)
+        with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
+            return denoising_loss(network, scheduler, *(share(part).to(device) for part in batch))
+
+    return Trainer(network, loss, settings, out / "checkpoints" / "unet.ckpt")
+
+
+def lesson_rows(tokens: Tensor, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
+    """The rows of the pool for the two lessons.
+
+    That the first thing stands first, and that some words turn this round, can hardly be learnt at once: while
+    all four relations are as frequent, knowing one without the other is of no use. So one lesson has only
+    pairs with the first thing on the left or above, and one brings back a third of the others.
+    """
+    straight, turned = (
+        torch.isin(tokens, tokenize(tokenizer, [words])[0, 1:3]).any(1) for words in ("left above", "right below")
+    )
+    some = ~turned | (torch.arange(len(tokens)) % 3 == 0)
+    return straight.nonzero().flatten(), some.nonzero().flatten()
+
+
+def draw_batch(
+    batch: int, latents: Tensor, generator: torch.Generator, choice: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is random in a step: rows of the pool out of `choice`, noise, timesteps, and whose caption is dropped."""
+    rows = choice[torch.randint(len(choice), (batch,), generator=generator)]
+    noise = torch.randn(batch, *latents.shape[1:], generator=generator)
+    timesteps = torch.randint(1000, (batch,), generator=generator)
+    return rows, noise, timesteps, torch.rand(batch, generator=generator) < UNCAPTIONED
+
+
+def denoising_loss(
+    network: nn.ModuleDict,
+    scheduler: DDIMScheduler,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    words: Tensor,
+) -> Tensor:
+    """Mean squared error of the predicted velocity."""
+    states = network["text_encoder"](words).last_hidden_state  # (batch, tokens, width)
+    noised = scheduler.add_noise(latents, noise, timesteps)
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    return functional.mse_loss(network["unet"](noised, timesteps, states).sample.float(), velocity)
+
+
+def save_weights(folder: Path, vae: AutoencoderKL, network: nn.Module) -> None:
+    """Writes the stock pipeline in half precision; the networks stay as they are."""
+    vae, network = copy.deepcopy(vae), copy.deepcopy(network)
+    for weight in (*vae.parameters(), *network.parameters()):
+        weight.data = weight.data.half()
+    pipeline = build_pipeline(vae, network.get_submodule("text_encoder"), network.get_submodule("unet"))
+    pipeline.save_pretrained(folder)
+    # transformers loads in the dtype named here, diffusers in float32: one pipeline must have one dtype.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+
+
+if __name__ == "__main__":
+    main()
