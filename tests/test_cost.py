@@ -128,5 +128,5 @@ def test_a_pipeline_of_an_unknown_denoiser(tmp_path):
 
 
 def test_an_unknown_architecture():
-    with pytest.raises(ConfigError, match="`model` must be one of sd-1.5, sd-2.1"):
+    with pytest.raises(ConfigError, match=r"`model` must be one of sd-1\.5, sd-2\.1"):
         architecture("sd-3")

@@ -2,8 +2,8 @@
 
 Stops and starts at will: checkpoints lie in DIR/checkpoints and the finished model in DIR/weights. Two
 processes (`torchrun --nproc-per-node 2 -m tgate_processors.demo.train ...`) suit a CPU of two cores, where
-the whole takes some seventy minutes. The packaged weights were made so, stopped and resumed on the way, and the lessons
-(`lesson_rows`) were found on the way too: the defaults are the run as it was in the end, not a second run of it.
+the whole takes some seventy minutes. The packaged weights were made so, stopped and resumed on the way, and the
+lessons (`lesson_rows`) were found on the way too: the defaults are what was run in the end, not a second run of it.
 """
 
 import argparse
