@@ -13,6 +13,7 @@ from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPi
 
 LOADERS = {
     "sd": tg.TgateSDLoader,
+    "sd-2.1": tg.TgateSDLoader,
     "sdxl": tg.TgateSDXLLoader,
     "lcm-sdxl": tg.TgateSDXLLoader,
     "pixart-alpha": tg.TgatePixArtAlphaLoader,

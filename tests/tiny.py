@@ -14,6 +14,7 @@ from tgate_processors.processors import attention_layers, is_cross_attention
 # family: the recorded case that it is built from
 TEXT_TO_IMAGE = {
     "sd": "sd_ddim_b1",
+    "sd-2.1": "sd_dpm_b1",
     "sdxl": "sdxl_euler_b1",
     "lcm-sdxl": "sdxl_lcm_b1",
     "pixart-alpha": "pixart_dpm_b1",
@@ -82,11 +83,21 @@ def seeded(seed):
 def tiny(family):
     """A fresh tiny pipeline of a family."""
     pipe = load_case(_case_of(family)).pipe()
+    if family == "sd-2.1":
+        make_it_sd_2(pipe)
     if family in FROM_IMAGE:
         parts = pipe.components
-        pipe = FROM_IMAGE[family](**parts, **({"requires_safety_checker": False} if "sd-" in family else {}))
+        pipe = FROM_IMAGE[family](**parts, **({"requires_safety_checker": False} if family.startswith("sd-") else {}))
         pipe.set_progress_bar_config(disable=True)
     return Tiny(family, pipe)
+
+
+def make_it_sd_2(pipe):
+    """Stable Diffusion 2.1 projects with Linear layers, has heads of one width, and predicts the velocity."""
+    torch.manual_seed(0)
+    changes = {"use_linear_projection": True, "attention_head_dim": [2, 4]}
+    pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, **changes}).eval().requires_grad_(False)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
 
 
 def widen(tensor, times=2):
