@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from tgate_processors import TGateConfig
+from tgate_processors.architectures import pipeline_on_disk, resized
 from tgate_processors.cli import main
 from tgate_processors.demo import load_demo_pipeline, parse
 from tgate_processors.demo.compare import compare
+from tgate_processors.demo.model import WEIGHTS
 from tgate_processors.demo.tradeoff import cross_attention_change, drop_guidance
+from tgate_processors.run_cost import run_cost
 
 
 PROMPT = "a large red circle left of a small blue square on a yellow background"
@@ -70,6 +73,12 @@ def test_both_start_from_the_same_noise(pipe):
     assert torch.equal(same.stock.pictures, gated.stock.pictures)
     assert gated.summary.macs_saved > 0.3
     assert (gated.psnr < 40).all()
+
+
+def test_the_cost_of_the_pipeline_on_disk_is_its_runs(pipe):
+    summary = comparison(pipe, gate_step=1).summary  # of two pictures
+    counted = run_cost(resized(pipeline_on_disk(WEIGHTS), steps=4, height=None, width=None), TGateConfig(gate_step=1))
+    assert (summary.stock_macs, summary.cost.macs) == (2 * counted.stock_macs, 2 * counted.gated_macs)
 
 
 def test_the_likeness_by_hand(pipe):

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from tiny import fingerprint, tiny
+from tiny import Observed, fingerprint, tiny
 
 import tgate_processors
 from tgate_processors import ConfigError, StateError, TGateConfig, TGateError, UnsupportedPipelineError, apply_tgate
@@ -138,10 +138,12 @@ def test_removing_keeps_a_processor_that_someone_put_in_since():
 
 def test_a_processor_put_in_since_is_gated_at_the_next_run():
     subject = tiny("sd")
+    seen = Observed(subject)
     tgate = apply_tgate(subject.pipe, CONFIG)
     subject.denoiser.set_attn_processor(AttnProcessor())
     subject(tgate)
-    assert tgate.summary().cost.cross_computed == 14
+    assert seen.computed["cross"] == 2 * 7
+    assert len(tgate.gate.layers) == 14
     assert all(isinstance(layer, AttnProcessor) for layer in tgate.gate.layers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

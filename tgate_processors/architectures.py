@@ -148,9 +148,15 @@ def pipeline_on_disk(folder: Path) -> Architecture:
     config = json.loads((folder / name / "config.json").read_text())
     scale = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
     pixels = config["sample_size"] * scale
-    tokens = 77 if name == "unet" else 120 if parts["_class_name"] == "PixArtAlphaPipeline" else 300
+    tokens = _text_tokens(folder) if name == "unet" else 120 if parts["_class_name"] == "PixArtAlphaPipeline" else 300
     guidance = config.get("time_cond_proj_dim") is None
     return Architecture(denoiser, config, pixels, pixels, tokens, guidance, scale=scale)
+
+
+def _text_tokens(folder: Path) -> int:
+    """How many tokens a CLIP tokenizer pads a prompt to; 77 where the folder has no tokenizer."""
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    return int(json.loads(config.read_text())["model_max_length"]) if config.is_file() else 77
 
 
 def resized(known: Architecture, *, steps: int | None, height: int | None, width: int | None) -> Architecture:

@@ -143,4 +143,6 @@ def load_demo_pipeline(folder: str | Path = WEIGHTS, **kwargs: Any) -> StableDif
             f"`folder` must hold a trained demo model, got {str(folder)!r} without a model_index.json; "
             "train one with `python -m tgate_processors.demo.train --out FOLDER`."
         )
+    # the other way of loading asks for `accelerate`, and a model this small gains nothing by it
+    kwargs = {"low_cpu_mem_usage": False} | kwargs
     return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **kwargs)
