@@ -34,3 +34,17 @@ def test_a_block_runs(page, block, monkeypatch):
     names = {"pipe": subject.pipe, "unet": subject.pipe.unet}
     exec("from tgate_processors import TGateConfig\n" + block, names)
     assert {"tgate", "gate"} & names.keys()
+
+
+def test_the_tests_that_the_pages_name_are_there():
+    named = {name for page in PAGES for name in re.findall(r"(test_\w+\.py::test_\w+)", page.read_text())}
+    assert len(named) >= 10
+    for name in named:
+        file, function = name.split("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
