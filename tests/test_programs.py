@@ -83,7 +83,7 @@ class Program:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(actions, max_size=7))
 def test_every_run_equals_a_fresh_pipelines(family, program):
     state = Program(family)
