@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
+from tgate_processors.cost import build_on_meta
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 from tgate_processors.guidance import Inputs
 
@@ -38,8 +39,7 @@ class Architecture:
 
     def build(self) -> Any:
         """The denoiser on the meta device."""
-        with torch.device("meta"):
-            return getattr(diffusers, self.denoiser).from_config(dict(self.config)).to("meta").eval()
+        return build_on_meta(getattr(diffusers, self.denoiser), dict(self.config))
 
     def inputs(self, model: Any) -> Inputs:
         """What an evaluation of one picture is given before the gate, on the meta device."""

@@ -1,7 +1,7 @@
 """What evaluations of a denoiser cost, counted by running its architecture on the meta device, without weights."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -67,8 +67,18 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
 def meta_denoiser(denoiser: Any) -> Any:
     """The architecture of a diffusers model on the meta device."""
     model = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
+    return build_on_meta(type(model), model.config)
+
+
+def build_on_meta(denoiser: Any, config: Any) -> Any:
+    """A model of the diffusers class `denoiser` with this config, on the meta device."""
     with torch.device("meta"):
-        return type(model).from_config(model.config).to("meta").eval()
+        return denoiser.from_config(config).to("meta").eval()
+
+
+def total(costs: Mapping[Evaluation, Cost], evaluations: Iterable[Evaluation]) -> Cost:
+    """What these evaluations cost together."""
+    return sum((costs[evaluation] for evaluation in evaluations), Cost())
 
 
 def evaluation_costs(

@@ -10,13 +10,13 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from tgate_processors import pipelines
-from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_denoiser, on_meta
+from tgate_processors.cost import Evaluation, evaluation_costs, meta_denoiser, on_meta, total
 from tgate_processors.deepcache import is_enabled, last_step_was_full, make_next_step_full
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.gate import Gate
 from tgate_processors.guidance import Inputs, halves_are_equal, repeat_branch, sample_of, take_branch
 from tgate_processors.installation import Installation, is_gated
-from tgate_processors.schedule import AttentionMode, Schedule, StepClock, StepMode, TGateConfig
+from tgate_processors.schedule import Schedule, StepClock, StepMode, TGateConfig
 from tgate_processors.summary import Summary
 
 
@@ -162,7 +162,7 @@ class TGate:
         return Summary(
             schedule=schedule,
             evaluations=tuple(done),
-            cost=sum((costs[evaluation] for evaluation in done), Cost()),
+            cost=total(costs, done),
             stock_macs=costs[stock].macs * len(done),
             cache_bytes=self.gate.peak_cache_bytes,
         )
@@ -177,8 +177,9 @@ class TGate:
         if self.gate.schedule is None:
             return None  # the run is over: someone evaluates the denoiser on their own
         self._check_callback(run)
-        batch = sample_of((args, kwargs)).shape[0]
-        self._settle_guidance(run, sample_of((args, kwargs)))
+        sample = sample_of((args, kwargs))
+        batch = sample.shape[0]
+        self._settle_guidance(run, sample)
         run.folded = self.gate.closed and bool(run.guided) and batch == run.guided_batch
         run.batch = batch // 2 if run.folded else batch
         if self._deepcache is not None and self._deep_features_do_not_fit(run):
@@ -206,8 +207,7 @@ class TGate:
         if not run.evaluations:
             return True
         step, batch, _ = run.evaluations[-1]
-        stores = self.gate.cross_attention in (AttentionMode.STORE, AttentionMode.STORE_MEAN)
-        return batch != run.batch or (stores and step != self.gate.step)
+        return batch != run.batch or (self.gate.cross_attention.stores and step != self.gate.step)
 
     def _advance(self, run: _Run, evaluation: int) -> None:
         if evaluation < run.clock.num_evaluations:

@@ -48,7 +48,7 @@ class GatedProcessor:
                 self._store(attn, hidden_states, output, mean=mode is AttentionMode.STORE_MEAN)
             return output
 
-        cls.__call__ = __call__  # type: ignore[method-assign]
+        cls.__call__ = __call__  # type: ignore[method-assign]  # a signature for each class
 
     @property
     def mode(self) -> AttentionMode:

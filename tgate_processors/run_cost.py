@@ -5,7 +5,7 @@ from typing import Any
 
 from tgate_processors import deepcache
 from tgate_processors.architectures import Architecture, architecture
-from tgate_processors.cost import Cost, Evaluation, evaluation_costs
+from tgate_processors.cost import Evaluation, evaluation_costs, total
 from tgate_processors.processors import attention_layers, is_cross_attention
 from tgate_processors.schedule import Phase, StepMode, TGateConfig, format_table
 
@@ -81,8 +81,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
         Evaluation(StepMode.PLANNING, batch, _is_shallow(step, [0], cache_interval)) for step in range(known.steps)
     ]
     costs, peak = evaluation_costs(model, config, known.inputs(model), [*stock, *gated], helper)
-    stock_cost = sum((costs[evaluation] for evaluation in stock), Cost())
-    gated_cost = sum((costs[evaluation] for evaluation in gated), Cost())
+    stock_cost, gated_cost = total(costs, stock), total(costs, gated)
     parameters = _count_parameters(model)
     cross = sum(map(_count_parameters, filter(is_cross_attention, attention_layers(model).values())))
     return RunCost(
@@ -99,8 +98,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
 
 def _begins_anew(config: TGateConfig, step: int, mode: StepMode, folded: bool) -> bool:
     """Whether DeepCache's interval begins at this step, as beside a running gate."""
-    closes = step == config.gate_step - 1 and mode.cross_attention is not StepMode.PLANNING.cross_attention
-    return step == 0 or closes or (folded and step == config.gate_step)
+    return step == 0 or mode.cross_attention.stores or (folded and step == config.gate_step)
 
 
 def _is_shallow(step: int, starts: list[int], cache_interval: int | None) -> bool:

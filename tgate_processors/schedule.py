@@ -25,6 +25,11 @@ class AttentionMode(Enum):
     STORE_MEAN = "compute, store the mean of the halves"
     REUSE = "reuse"
 
+    @property
+    def stores(self) -> bool:
+        """Whether the output is kept."""
+        return self in (AttentionMode.STORE, AttentionMode.STORE_MEAN)
+
 
 class Phase(Enum):
     PLANNING = "semantics-planning"
