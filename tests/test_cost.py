@@ -9,7 +9,7 @@ from tiny import tiny
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors.architectures import ARCHITECTURES, Architecture, architecture, pipeline_on_disk
 from tgate_processors.cli import main
-from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_denoiser, on_meta
+from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, on_meta
 from tgate_processors.run_cost import PUBLISHED, run_cost, table_row
 from tgate_processors.schedule import StepMode
 
@@ -17,7 +17,7 @@ from tgate_processors.schedule import StepMode
 def test_a_transformer_block_by_hand():
     """PixArt with one layer: what reuse leaves out is the layer's four projections and two products."""
     subject = tiny("pixart-alpha")
-    model = meta_denoiser(subject.denoiser)
+    model = meta_copy(subject.denoiser)
     inputs = on_meta(
         (
             (torch.empty(2, 4, 8, 8),),

@@ -140,5 +140,5 @@ def test_sd_processors_are_the_named_class():
 
 
 def test_model_of_diffusers_that_has_no_attention_processors():
-    with pytest.raises(TypeError, match="got AutoencoderTiny: it has no `attn_processors`"):
+    with pytest.raises(TypeError, match="got AutoencoderTiny: it has no attention processors"):
         gated_processors(diffusers.AutoencoderTiny(), Gate(TGateConfig(gate_step=2)))

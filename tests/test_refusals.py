@@ -10,6 +10,7 @@ from tiny import Observed, fingerprint, tiny
 
 import tgate_processors
 from tgate_processors import ConfigError, StateError, TGateConfig, TGateError, UnsupportedPipelineError, apply_tgate
+from tgate_processors import network
 from tgate_processors.processors import attention_layers
 
 
@@ -80,7 +81,7 @@ def added_kv():
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (unconditional, "got UNet2DModel: it has no `attn_processors`|none of its"),
+        (unconditional, "got UNet2DModel: none of its 6 attention layers is known"),
         (added_kv, r"its text joins self-attention \(joint or added-KV attention\)"),
     ],
 )
@@ -118,7 +119,7 @@ def test_a_failure_after_the_processors(monkeypatch):
     def fails(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", fails)
+    monkeypatch.setattr(network, "intercept", fails)
     with pytest.raises(MemoryError):
         apply_tgate(subject.pipe, CONFIG)
     assert fingerprint(subject.denoiser) == before

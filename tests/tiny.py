@@ -8,7 +8,7 @@ import diffusers
 import torch
 from recorded import load_case
 
-from tgate_processors.processors import attention_layers, is_cross_attention
+from tgate_processors.processors import attention_layers, cross_attention_layers
 
 
 # family: the recorded case that it is built from
@@ -127,13 +127,15 @@ class Observed:
         first = denoiser.conv_in if hasattr(denoiser, "conv_in") else denoiser.pos_embed
         frames = tiny.kwargs().get("num_frames", 1)
         first.register_forward_pre_hook(lambda module, args: self.batches.append(args[0].shape[0] // frames))
-        for layer in attention_layers(denoiser).values():
-            kind = "cross" if is_cross_attention(layer) else "self"
+        cross = cross_attention_layers(denoiser)
+        for name, layer in attention_layers(denoiser).items():
+            kind = "cross" if name in cross else "self"
             layer.to_k.register_forward_hook(lambda *_, kind=kind: self.computed.update([kind]))
 
 
 @cache
 def num_layers(family):
     """How many cross- and self-attention layers a family's denoiser has."""
-    kinds = Counter(map(is_cross_attention, attention_layers(tiny(family).denoiser).values()))
-    return kinds[True], kinds[False]
+    denoiser = tiny(family).denoiser
+    cross = len(cross_attention_layers(denoiser))
+    return cross, len(attention_layers(denoiser)) - cross

@@ -1,6 +1,6 @@
 """What evaluations of a denoiser cost, counted by running its architecture on the meta device, without weights."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,8 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tgate_processors import deepcache as dc
 from tgate_processors.gate import Gate
-from tgate_processors.guidance import Inputs, map_tensors, sample_of, take_branch
-from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, is_cross_attention
+from tgate_processors.guidance import Inputs, map_tensors, sample_of, take_half
+from tgate_processors.processors import (
+    GatedProcessor,
+    attention_layers,
+    cross_attention_layers,
+    gated_processors,
+    set_processors,
+)
 from tgate_processors.schedule import StepMode, TGateConfig
 
 
@@ -64,10 +70,23 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
 
 
-def meta_denoiser(denoiser: Any) -> Any:
-    """The architecture of a diffusers model on the meta device."""
-    model = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
-    return build_on_meta(type(model), model.config)
+def meta_copy(network: Any) -> Any:
+    """A network as it is now, adapters and replaced processors too, on the meta device in single precision.
+
+    What compiles, offloads or hooks its forwards is left behind.
+    """
+    network = getattr(network, "_orig_mod", network)  # torch.compile wraps it
+    copy = network.__class__.__new__(network.__class__)
+    for name, value in vars(network).items():
+        if name.endswith("_hooks"):
+            vars(copy)[name] = OrderedDict()
+        elif name not in ("forward", "_compiled_call_impl"):
+            vars(copy)[name] = _to_meta(value) if isinstance(value, torch.Tensor) else value
+    for kind in ("_parameters", "_buffers"):
+        tensors = getattr(network, kind)
+        setattr(copy, kind, {name: None if t is None else _to_meta(t) for name, t in tensors.items()})
+    copy._modules = {name: None if child is None else meta_copy(child) for name, child in network._modules.items()}
+    return copy
 
 
 def build_on_meta(denoiser: Any, config: Any) -> Any:
@@ -87,14 +106,14 @@ def evaluation_costs(
     """The cost of each kind of evaluation among `evaluations`, each run once, and the bytes kept at the peak.
 
     Args:
-        model: From `meta_denoiser`; it is gated here.
+        model: From `meta_copy` or `build_on_meta`; it is gated here.
         config: The gate's settings.
         inputs: What the ungated evaluation is given, both branches of guidance, on the meta device.
         evaluations: Evaluations in the order of a run, in which the first reuse follows the first store.
         deepcache: The `DeepCacheSDHelper` of the run, where there is one.
     """
     gate = Gate(config)
-    model.set_attn_processor(gated_processors(model, gate))
+    set_processors(model, gated_processors(model, gate))
     full_batch = sample_of(inputs).shape[0]
     costs = {}
     with ExitStack() as stack:
@@ -103,7 +122,7 @@ def evaluation_costs(
             gate.enter(evaluation.mode)
             given = inputs
             if evaluation.batch < full_batch:
-                given = take_branch(inputs, full_batch, "negative")
+                given = take_half(inputs, full_batch, first=True)
             if helper is not None:
                 given = _for_deepcache(given, helper, evaluation.shallow)
             costs[evaluation] = _count(model, given)
@@ -130,9 +149,12 @@ def _for_deepcache(inputs: Inputs, helper: Any, shallow: bool) -> Inputs:
 def _count(model: torch.nn.Module, inputs: Inputs) -> Cost:
     args, kwargs = inputs
     calls: Counter[str] = Counter()
+    cross = cross_attention_layers(model)
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, _: calls.update([_kind_of_call(layer)]))
-        for layer in attention_layers(model).values()
+        layer.register_forward_pre_hook(
+            lambda layer, _, kind="cross" if name in cross else "self": calls.update([_kind_of_call(layer, kind)])
+        )
+        for name, layer in attention_layers(model).items()
     ]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -144,6 +166,6 @@ def _count(model: torch.nn.Module, inputs: Inputs) -> Cost:
     return Cost(macs=sum(operations.values()), linear_and_conv_macs=linear_and_conv, **calls)
 
 
-def _kind_of_call(layer: Any) -> str:
+def _kind_of_call(layer: Any, kind: str) -> str:
     reuses = isinstance(layer.processor, GatedProcessor) and layer.processor.reuses
-    return f"{'cross' if is_cross_attention(layer) else 'self'}_{'reused' if reuses else 'computed'}"
+    return f"{kind}_{'reused' if reuses else 'computed'}"

@@ -38,6 +38,8 @@ class Gate:
     def __init__(self, config: TGateConfig) -> None:
         self.config = config
         self.layers: list[GatedLayer] = []
+        self.call = 0
+        self._caches_of_calls: dict[int, list[torch.Tensor | None]] = {}  # of all calls but this
         self.schedule: Schedule | None = None
         self.step = 0
         self.peak_cache_bytes = 0
@@ -51,7 +53,8 @@ class Gate:
     @property
     def cache_bytes(self) -> int:
         """Bytes of attention output kept now."""
-        return sum(layer.cached.nbytes for layer in self.layers if layer.cached is not None)
+        caches = [[layer.cached for layer in self.layers], *self._caches_of_calls.values()]
+        return sum(cached.nbytes for cache in caches for cached in cache if cached is not None)
 
     def start(self, num_inference_steps: int, *, guidance: bool = True) -> None:
         """Begin a run at its step 0, whatever became of the run before.
@@ -82,7 +85,9 @@ class Gate:
         """End the run and free its caches; until the next `start` every layer computes."""
         self.schedule = None
         self.step = 0
+        self.begin_call(0)
         self.enter(StepMode.PLANNING)
+        self._caches_of_calls.clear()
 
     def set_guidance(self, guidance: bool) -> None:
         """Say in the middle of a run whether it has two branches, for pipelines that show it late.
@@ -98,22 +103,51 @@ class Gate:
         else:
             self._move_to(self.step)
 
+    def begin_call(self, call: int) -> None:
+        """Begin call `call` of a step, in a loop that calls the denoiser once for each branch of guidance.
+
+        Each call has its caches; when the gate closes, the mean over the calls is kept.
+        """
+        if call == self.call:
+            return
+        caches = self._caches_of_calls.pop(call, [None] * len(self.layers))
+        self._caches_of_calls[self.call] = [layer.cached for layer in self.layers]
+        for layer, cached in zip(self.layers, caches, strict=True):
+            layer.cached = cached
+        self.call = call
+
     def enter(self, mode: StepMode) -> None:
         """Put every layer into the mode of a step, and free what no layer reads any more."""
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
         self.mode = mode
         self.cross_attention = mode.cross_attention
         self.self_attention = mode.self_attention
-        for layer in self.layers:
+        if self.closed:
+            self._keep_the_mean_of_calls()
+        for index, layer in enumerate(self.layers):
             # Only a store comes right before a reuse, so what a computing layer keeps is never read again.
             now = self.cross_attention if layer.is_cross_attention else self.self_attention
             if now is AttentionMode.COMPUTE:
                 layer.cached = None
+                for caches in self._caches_of_calls.values():
+                    caches[index] = None
+
+    def _keep_the_mean_of_calls(self) -> None:
+        self.begin_call(0)
+        for caches in self._caches_of_calls.values():
+            for layer, other in zip(self.layers, caches, strict=True):
+                if layer.cached is not None and other is not None:
+                    layer.cached = (layer.cached + other) / 2
+        self._caches_of_calls.clear()
 
     def _move_to(self, step: int) -> None:
         assert self.schedule is not None
         self.step = step
-        self.enter(self.schedule[step])
+        mode = self.schedule[step]
+        if mode.phase is Phase.FIDELITY and self.layers and all(layer.cached is None for layer in self.layers):
+            # The network was not evaluated in the step that closes the gate: it closes in the first that it is.
+            mode = self.schedule[self.config.gate_step - 1]
+        self.enter(mode)
 
 
 def mean_of_halves(output: torch.Tensor) -> torch.Tensor:

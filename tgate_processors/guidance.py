@@ -3,12 +3,11 @@
 The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, and need not know.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
-from tgate_processors.schedule import Branch
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -22,23 +21,54 @@ def sample_of(inputs: Inputs) -> torch.Tensor:
     return sample
 
 
-def take_branch(inputs: Inputs, batch: int, branch: Branch) -> Inputs:
-    """One half of every tensor in `inputs` whose first dimension is `batch`, nested ones too. No copy is made.
+# Positions in the picture, the same for every branch.
+UNBATCHED = {"image_rotary_emb", "rotary_embedding"}
+
+# What side networks add. In guess mode a ControlNet sees the positive branch alone and the negative one is given zeros,
+# so the control is in the second half; else both halves are the same after the gate.
+CONTROLS = {
+    "controlnet_block_samples",
+    "down_block_additional_residuals",
+    "down_intrablock_additional_residuals",
+    "mid_block_additional_residual",
+}
+
+
+def timestep_of(inputs: Inputs) -> Any:
+    """The timestep among a denoiser's positional and keyword arguments: a number, or a tensor of them."""
+    args, kwargs = inputs
+    return kwargs["timestep"] if "timestep" in kwargs else args[1]
+
+
+def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
+    """One half of every batched tensor in `inputs`, nested ones too. No copy is made.
+
+    A tensor is batched where its first dimension is a multiple of the batch: AnimateDiff has an embedding a frame.
 
     Args:
         inputs: A denoiser's positional and keyword arguments.
-        batch: Size of the doubled batch, `[negative, positive]`.
-        branch: Which half to take.
+        batch: Size of the doubled batch.
+        first: Whether to take the first half.
     """
-    half = slice(0, batch // 2) if branch == "negative" else slice(batch // 2, batch)
     args, kwargs = inputs
-    take = _with_batch(batch, lambda tensor: tensor[half])
-    return tuple(map_tensors(take, args)), map_tensors(take, kwargs)
+    take = functools.partial(_half, batch=batch, first=first)
+    control = functools.partial(_half, batch=batch, first=False)
+    halves = {
+        name: value if name in UNBATCHED else map_tensors(control if name in CONTROLS else take, value)
+        for name, value in kwargs.items()
+    }
+    return tuple(map_tensors(take, args)), halves
 
 
-def repeat_branch(output: Any, batch: int) -> Any:
-    """Both halves of a denoiser's output from its one branch: tensors of `batch // 2` become `batch`."""
-    return map_tensors(_with_batch(batch // 2, lambda tensor: torch.cat([tensor, tensor])), output)
+def _half(tensor: torch.Tensor, *, batch: int, first: bool) -> torch.Tensor:
+    if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % batch:
+        return tensor
+    return tensor.chunk(2)[0 if first else 1]
+
+
+def double(output: Any) -> Any:
+    """Both halves of a denoiser's output, or of a side network's, from its one branch."""
+    return map_tensors(lambda tensor: torch.cat([tensor, tensor]), output)
 
 
 def halves_are_equal(sample: torch.Tensor) -> bool:
@@ -47,10 +77,6 @@ def halves_are_equal(sample: torch.Tensor) -> bool:
         return False
     first, second = sample.chunk(2)
     return torch.equal(first, second)
-
-
-def _with_batch(batch: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: change(tensor) if tensor.ndim > 0 and tensor.shape[0] == batch else tensor
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

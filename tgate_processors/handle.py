@@ -1,23 +1,26 @@
-"""Gating a pipeline: `apply_tgate` attaches processors and a hook, and the handle takes them away again."""
+"""Gating a pipeline: `apply_tgate` attaches the gate to its networks, and the handle takes it away again."""
 
+import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from tgate_processors import pipelines
-from tgate_processors.cost import Evaluation, evaluation_costs, meta_denoiser, on_meta, total
-from tgate_processors.deepcache import is_enabled, last_step_was_full, make_next_step_full
+from tgate_processors.deepcache import is_enabled
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.gate import Gate
-from tgate_processors.guidance import Inputs, halves_are_equal, repeat_branch, sample_of, take_branch
-from tgate_processors.installation import Installation, is_gated
-from tgate_processors.schedule import Schedule, StepClock, StepMode, TGateConfig
-from tgate_processors.summary import Summary
+from tgate_processors.guidance import Inputs, timestep_of
+from tgate_processors.installation import is_gated
+from tgate_processors.interception import interceptors
+from tgate_processors.network import GatedNetwork
+from tgate_processors.pipelines import Guidance
+from tgate_processors.processors import check_can_be_gated
+from tgate_processors.schedule import StepClock, TGateConfig
+from tgate_processors.summary import Summary, summarize
 
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -33,7 +36,7 @@ def apply_tgate(
         tgate.remove()
 
     Args:
-        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers.
+        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers. Its ControlNets are gated with it.
         config: When the gate closes, and what is reused.
         callback_on_step_end: A callback of your own, called after every step beside the handle's work.
         deepcache: The `DeepCacheSDHelper` that is enabled on the pipeline, where there is one.
@@ -43,22 +46,45 @@ def apply_tgate(
 
     Raises:
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
-        StateError: The pipeline is gated already.
+        StateError: The pipeline is gated already, or shares a scheduler with a gated pipeline of the same denoiser.
     """
     if not isinstance(config, TGateConfig):
         raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
-    denoiser = pipelines.denoiser_of(pipe)
-    if is_gated(denoiser):
+    for denoiser in pipelines.denoisers_of(pipe):
+        check_can_be_gated(denoiser)
+        _check_is_free(denoiser, pipe)
+        if deepcache is None and is_enabled(denoiser):
+            raise StateError(
+                "`deepcache` must be the helper that is enabled on the pipeline, got None. "
+                "Pass `apply_tgate(pipe, config, deepcache=helper)`, or call `helper.disable()` first."
+            )
+    if not pipelines.is_known(pipe):
+        warnings.warn(
+            f"{type(pipe).__name__} is not among the pipelines that are known to work; it is taken to batch its "
+            "guidance as `[negative, positive]`. Compare its pictures with the stock pipeline's.",
+            stacklevel=2,
+        )
+    return TGate(pipe, config, callback_on_step_end, deepcache)
+
+
+def _check_is_free(denoiser: torch.nn.Module, pipe: Any) -> None:
+    name = type(denoiser).__name__
+    others = _handles_on(denoiser)
+    if any(handle.pipe is pipe for handle in others) or (is_gated(denoiser) and not others):
         raise StateError(
-            f"`pipe` must not be gated already, got a gated {type(denoiser).__name__}. "
+            f"`pipe` must not be gated already, got a gated {name}. "
             "Call `remove()` on the handle of the first `apply_tgate`, then apply again."
         )
-    if deepcache is None and is_enabled(denoiser):
+    if any(handle.pipe.scheduler is pipe.scheduler for handle in others):
         raise StateError(
-            "`deepcache` must be the helper that is enabled on the pipeline, got None. "
-            "Pass `apply_tgate(pipe, config, deepcache=helper)`, or call `helper.disable()` first."
+            f"`pipe.scheduler` must not be the scheduler of another gated pipeline with the same {name}: a run is "
+            "known by it. Set `pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)` first."
         )
-    return TGate(pipe, denoiser, config, callback_on_step_end, deepcache)
+
+
+def _handles_on(denoiser: torch.nn.Module) -> "list[TGate]":
+    loops = (getattr(interceptor, "loop", None) for interceptor in interceptors(denoiser))
+    return [loop for loop in loops if isinstance(loop, TGate)]
 
 
 @dataclass
@@ -66,22 +92,19 @@ class _Run:
     """One denoising loop of the pipeline, from its first evaluation on."""
 
     timesteps: "weakref.ref[torch.Tensor]"  # every `set_timesteps` makes a new tensor, and so a new run
+    first_timestep: Any
     clock: StepClock
-    inputs: Inputs  # of the first evaluation, on the meta device
-    guided: bool | None = None  # None until the gate has to know
-    guided_batch: int = 0
-    batch: int = 0  # of the evaluation under way
-    folded: bool = False  # whether it is one half
-    evaluations: list[tuple[int, int, bool]] = field(default_factory=list)  # step, batch and shallow of each
-    num_callbacks: int = 0
+    num_evaluations: int = 0  # of the denoiser
+    last_step_index: int = -1  # that the callback was called with
+    is_over: bool = False
 
 
 class TGate:
     """What `apply_tgate` put on a pipeline. Made by it alone.
 
     Attributes:
+        pipe: The pipeline.
         config: The settings.
-        gate: The state of the run; closed in the fidelity-improving phase.
         callback_on_step_end: A callback of your own, called with the pipeline's arguments after every step.
         tensor_inputs: Empty; diffusers' `MultiPipelineCallbacks` asks for it.
     """
@@ -89,26 +112,48 @@ class TGate:
     tensor_inputs: ClassVar[list[str]] = []
 
     def __init__(
-        self, pipe: Any, denoiser: Any, config: TGateConfig, callback_on_step_end: StepCallback | None, deepcache: Any
+        self, pipe: Any, config: TGateConfig, callback_on_step_end: StepCallback | None, deepcache: Any
     ) -> None:
+        self.pipe = pipe
         self.config = config
-        self.gate = Gate(config)
         self.callback_on_step_end = callback_on_step_end
-        self._pipe = pipe
-        self._denoiser = denoiser
-        self._deepcache = deepcache
-        self._branch = config.branch or pipelines.family_of(pipe).branch
+        family = pipelines.family_of(pipe)
+        self._guidance = family.guidance
         self._moved_by_callback = pipelines.takes_callback(pipe)
         self._run: _Run | None = None
-        self._layers = Installation(denoiser, self.gate)
-        self._hooks: list[RemovableHandle] = []
+        self._foreign_timesteps: weakref.ref[torch.Tensor] | None = None
+        negative_first = family.guidance is not Guidance.HALVES_POSITIVE_FIRST
+        first_half = ((config.branch or family.branch) == "negative") == negative_first
+        self._denoisers = [
+            GatedNetwork(
+                module,
+                config,
+                self,
+                first_half=first_half,
+                a_call_a_branch=family.guidance is Guidance.CALLS,
+                deepcache=deepcache,
+            )
+            for module in pipelines.denoisers_of(pipe)
+        ]
+        side_networks = pipelines.side_networks_of(pipe)
+        self._networks = [
+            *self._denoisers,
+            *(GatedNetwork(module, config, self, first_half=first_half) for module in side_networks),
+        ]
+        for other in _handles_on(self._denoisers[0].module):  # a run of one is no run of the other
+            other._ignore_present_timesteps()
+            self._ignore_present_timesteps()
         try:
-            self._layers.install()
-            self._hooks.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._hooks.append(denoiser.register_forward_hook(self._after))
+            for network in self._networks:
+                network.attach()
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def gate(self) -> Gate:
+        """The state of the run in the denoiser; closed in the fidelity-improving phase."""
+        return self._denoisers[0].gate
 
     def __enter__(self) -> Self:
         return self
@@ -120,14 +165,20 @@ class TGate:
 
     def __call__(self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Move the gate on after a step; this is the pipeline's `callback_on_step_end`."""
-        run = self._run
-        if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
+        if pipe is not self.pipe:
             raise StateError(
-                f"`callback_on_step_end` was called after a step in which the gated {type(self._denoiser).__name__} "
-                "was not evaluated. If the gate was removed, or the pipeline has another denoiser now, apply again."
+                f"`callback_on_step_end` must be the handle of the pipeline that runs, got that of another "
+                f"{type(self.pipe).__name__}. Call `apply_tgate` for this {type(pipe).__name__} too and pass its handle."
             )
-        run.num_callbacks += 1
-        if self._moved_by_callback and self.gate.schedule is not None:
+        run = self._run
+        if run is None or run.timesteps() is not pipe.scheduler.timesteps or step_index <= run.last_step_index:
+            raise StateError(
+                "`callback_on_step_end` was called after a step in which the gated "
+                f"{type(self._denoisers[0].module).__name__} was not evaluated. If the gate was removed, or the "
+                "pipeline has another denoiser now, apply again."
+            )
+        run.last_step_index = step_index
+        if self._moved_by_callback and not run.is_over:
             self._advance(run, step_index + 1)
         if self.callback_on_step_end is not None:
             callback_kwargs = self.callback_on_step_end(pipe, step_index, timestep, callback_kwargs)
@@ -136,14 +187,15 @@ class TGate:
         return callback_kwargs
 
     def remove(self) -> None:
-        """Take everything away: the same processor objects are back, the hook is gone. Safe to call twice.
+        """Take everything away: the same processor objects are back, every call is the network's own. Safe to call
+        twice.
 
         A processor that someone else has put in since stays, with a warning.
         """
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._layers.remove()
+        if self._run is not None:
+            self._run.is_over = True
+        for network in self._networks:
+            network.detach()
 
     def summary(self) -> Summary:
         """What the last run did. Counts its arithmetic on the meta device, in a second or so.
@@ -152,90 +204,77 @@ class TGate:
             StateError: No run was made.
         """
         run = self._run
-        if run is None or not run.evaluations:
+        if run is None or not run.num_evaluations:
             raise StateError("`summary` was called before a run. Run the pipeline first, then ask.")
-        schedule = Schedule(self.config, run.clock.num_steps, guidance=bool(run.guided))
-        stock = Evaluation(StepMode.PLANNING, sample_of(run.inputs).shape[0])
-        done = [Evaluation(schedule[step], batch, shallow) for step, batch, shallow in run.evaluations]
-        model = meta_denoiser(self._denoiser)
-        costs, _ = evaluation_costs(model, self.config, run.inputs, [stock, *done], self._deepcache)
-        return Summary(
-            schedule=schedule,
-            evaluations=tuple(done),
-            cost=total(costs, done),
-            stock_macs=costs[stock].macs * len(done),
-            cache_bytes=self.gate.peak_cache_bytes,
-        )
+        side_networks = self._networks[len(self._denoisers) :]
+        return summarize(self.config, run.clock.num_steps, self._denoisers, side_networks)
 
-    # The hook on the denoiser
+    # The loop that the networks are evaluated in
 
-    def _before(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+    def enter(self, network: GatedNetwork, inputs: Inputs) -> bool:
+        """Begin a run with the first evaluation after `set_timesteps`; False outside of runs."""
+        is_denoiser = network in self._denoisers
+        if self._begins_a_run(inputs, is_denoiser):
+            self._begin(inputs)
         run = self._run
-        if run is None or run.timesteps() is not self._pipe.scheduler.timesteps:
-            run = self._run = self._begin((args, kwargs))
-        run.folded = False
-        if self.gate.schedule is None:
-            return None  # the run is over: someone evaluates the denoiser on their own
-        self._check_callback(run)
-        sample = sample_of((args, kwargs))
-        batch = sample.shape[0]
-        self._settle_guidance(run, sample)
-        run.folded = self.gate.closed and bool(run.guided) and batch == run.guided_batch
-        run.batch = batch // 2 if run.folded else batch
-        if self._deepcache is not None and self._deep_features_do_not_fit(run):
-            make_next_step_full(self._deepcache)
-        return take_branch((args, kwargs), batch, self._branch) if run.folded else None
+        if run is None or run.is_over:
+            return False  # someone evaluates the network on their own
+        if is_denoiser:
+            self._check_callback(network)
+        network.settle_guidance(pipelines.does_guidance(self.pipe, self._guidance), inputs)
+        return True
 
-    def _after(self, denoiser: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, network: GatedNetwork) -> None:
+        """Count the denoiser's evaluations, and move the gate by them where there is no callback."""
         run = self._run
         assert run is not None
-        if self.gate.schedule is None:
-            return None
-        shallow = self._deepcache is not None and not last_step_was_full(self._deepcache)
-        run.evaluations.append((self.gate.step, run.batch, shallow))
-        if not self._moved_by_callback:
-            self._advance(run, len(run.evaluations))
-        return repeat_branch(output, run.guided_batch) if run.folded else None
+        if network in self._denoisers:
+            run.num_evaluations += 1
+            if not self._moved_by_callback:
+                self._advance(run, run.num_evaluations)
 
-    def _begin(self, inputs: Inputs) -> _Run:
-        self._layers.install()  # over whatever the user has put in since the last run
-        clock = pipelines.step_clock(self._pipe)
-        self.gate.start(clock.num_steps, guidance=False)
-        return _Run(weakref.ref(self._pipe.scheduler.timesteps), clock, on_meta(inputs))
-
-    def _deep_features_do_not_fit(self, run: _Run) -> bool:
-        if not run.evaluations:
+    def _begins_a_run(self, inputs: Inputs, is_denoiser: bool) -> bool:
+        run = self._run
+        timesteps = self.pipe.scheduler.timesteps
+        if self._foreign_timesteps is not None and self._foreign_timesteps() is timesteps:
+            return False
+        if run is None or run.timesteps() is not timesteps:
             return True
-        step, batch, _ = run.evaluations[-1]
-        return batch != run.batch or (self.gate.cross_attention.stores and step != self.gate.step)
+        # LEDITS++ sets its timesteps once, for all of its runs
+        return is_denoiser and run.is_over and _is_same_timestep(timestep_of(inputs), run.first_timestep)
+
+    def _ignore_present_timesteps(self) -> None:
+        timesteps = self.pipe.scheduler.timesteps
+        self._foreign_timesteps = weakref.ref(timesteps) if isinstance(timesteps, torch.Tensor) else None
+
+    def _begin(self, inputs: Inputs) -> None:
+        clock = pipelines.step_clock(self.pipe)
+        self._run = _Run(weakref.ref(self.pipe.scheduler.timesteps), timestep_of(inputs), clock)
+        for network in self._networks:
+            network.begin(clock.num_steps)
 
     def _advance(self, run: _Run, evaluation: int) -> None:
-        if evaluation < run.clock.num_evaluations:
-            self.gate.advance(to_step=run.clock.step(evaluation))
-        else:
+        if evaluation >= run.clock.num_evaluations:
             self._finish()
+            return
+        for network in self._networks:
+            network.advance(run.clock.step(evaluation))
 
     def _finish(self) -> None:
-        self.gate.stop()
-        if self._deepcache is not None:
-            make_next_step_full(self._deepcache)
+        assert self._run is not None
+        self._run.is_over = True
+        for network in self._networks:
+            network.finish()
 
-    def _check_callback(self, run: _Run) -> None:
-        if self._moved_by_callback and len(run.evaluations) > run.num_callbacks:
+    def _check_callback(self, network: GatedNetwork) -> None:
+        calls = 2 if self._guidance is Guidance.CALLS else 1
+        if self._moved_by_callback and network.calls_in_step >= calls:
             raise StateError(
                 "`callback_on_step_end` must be the handle that `apply_tgate` returned, but it was not called after "
-                f"evaluation {len(run.evaluations)}. Pass it to the pipeline: "
+                "the last evaluation. Pass it to the pipeline: "
                 "`pipe(..., callback_on_step_end=tgate)`; give a callback of your own to `apply_tgate`."
             )
 
-    def _settle_guidance(self, run: _Run, sample: torch.Tensor) -> None:
-        """Find out whether the batch is `[negative, positive]`, as late as the gate allows."""
-        if run.guided is not None or self.gate.step < self.config.gate_step - 1:
-            return
-        guided = pipelines.does_guidance(self._pipe)
-        if guided is None:
-            if self.gate.step == 0:
-                return  # two pictures may start from the same noise; in the next step they differ
-            guided = halves_are_equal(sample)
-        run.guided, run.guided_batch = guided, sample.shape[0]
-        self.gate.set_guidance(guided)
+
+def _is_same_timestep(one: Any, other: Any) -> bool:
+    return bool(torch.all(torch.as_tensor(one).flatten()[0] == torch.as_tensor(other).flatten()[0]))

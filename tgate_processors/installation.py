@@ -1,29 +1,29 @@
-"""Putting gated processors on a denoiser's layers, again where they were replaced, and taking them off."""
+"""Putting gated processors on a network's layers, again where they were replaced, and taking them off."""
 
 import warnings
 from typing import Any
 
 from tgate_processors.gate import Gate
-from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, ungated
+from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, set_processors, ungated
 
 
-def is_gated(denoiser: Any) -> bool:
-    """Whether any layer of the denoiser belongs to a gate."""
-    return any(_gate_of(layer.processor) is not None for layer in attention_layers(denoiser).values())
+def is_gated(network: Any) -> bool:
+    """Whether any layer of the network belongs to a gate."""
+    return any(_gate_of(layer.processor) is not None for layer in attention_layers(network).values())
 
 
 class Installation:
-    """The gated processors of one denoiser, and the processors that they stand in for.
+    """The gated processors of one network.
 
     Args:
-        denoiser: A diffusers model with `attn_processors`.
+        network: A diffusers model whose attention layers have processors.
         gate: The gate of the processors.
     """
 
-    def __init__(self, denoiser: Any, gate: Gate) -> None:
-        self.denoiser = denoiser
+    def __init__(self, network: Any, gate: Gate) -> None:
+        self.network = network
         self.gate = gate
-        self._originals: dict[str, Any] = {}
+        self._below: dict[str, Any] = {}  # what the gated processors were put over
 
     def install(self) -> None:
         """Gate every layer whose processor is not ours, over whatever processor it has.
@@ -31,48 +31,46 @@ class Installation:
         Loading an IP-Adapter, fusing projections and others make processors anew: call this before each run.
 
         Raises:
-            UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
+            UnsupportedPipelineError: The network has no cross-attention layer of its own.
         """
-        layers = attention_layers(self.denoiser)
-        if self._originals and all(self._is_ours(layers[name].processor) for name in self._originals):
-            return
-        processors = gated_processors(self.denoiser, self.gate)
-        for name, layer in layers.items():
-            if isinstance(processors[name], GatedProcessor) and not self._is_ours(layer.processor):
-                self._originals[name] = ungated(layer.processor)
-        self.denoiser.set_attn_processor(processors)
+        processors = gated_processors(self.network, self.gate)
+        self._below.update({name: p.below for name, p in processors.items() if isinstance(p, GatedProcessor)})
+        set_processors(self.network, processors)
 
     def remove(self) -> None:
-        """Put the original processors back and free the caches. Safe to call twice.
+        """Put the processors below back and free the caches. Safe to call twice.
 
         A processor that someone else has put in since stays, with a warning.
         """
         self.gate.stop()
-        if not self._originals:
+        if not self._below:
             return
-        layers = attention_layers(self.denoiser)
-        foreign = [name for name in self._originals if self._is_foreign(name, layers[name].processor)]
-        self.denoiser.set_attn_processor(
-            {name: self._original(name, layer.processor) for name, layer in layers.items()}
-        )
-        self._originals.clear()
+        now = {name: layer.processor for name, layer in attention_layers(self.network).items()}
+        foreign = [name for name, below in self._below.items() if _is_foreign(now[name], below)]
+        set_processors(self.network, {name: self._without_gate(processor) for name, processor in now.items()})
+        self._clean_what_fusing_remembers()
+        self._below.clear()
         self.gate.layers = []
         if foreign:
             warnings.warn(
                 f"{len(foreign)} attention processors were replaced while the pipeline was gated and stay as they "
                 f"are, the first of them `{foreign[0]}`.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
-    def _original(self, name: str, processor: Any) -> Any:
-        # diffusers may have made a gated processor anew, by its class: that one is nobody's, it loses its gate
-        return self._originals[name] if self._is_ours(processor) else ungated(processor)
+    def _without_gate(self, processor: Any) -> Any:
+        # diffusers may have made a gated processor anew, by its class: that one is nobody's and loses its gate
+        return ungated(processor) if _gate_of(processor) in (None, self.gate) else processor
 
-    def _is_foreign(self, name: str, processor: Any) -> bool:
-        return not isinstance(processor, GatedProcessor) and processor is not self._originals[name]
+    def _clean_what_fusing_remembers(self) -> None:
+        # `unfuse_qkv_projections` puts back what it found
+        remembered = getattr(self.network, "original_attn_processors", None)
+        if isinstance(remembered, dict) and any(isinstance(p, GatedProcessor) for p in remembered.values()):
+            self.network.original_attn_processors = {n: self._without_gate(p) for n, p in remembered.items()}
 
-    def _is_ours(self, processor: Any) -> bool:
-        return _gate_of(processor) is self.gate
+
+def _is_foreign(processor: Any, below: Any) -> bool:
+    return not isinstance(processor, GatedProcessor) and processor is not below
 
 
 def _gate_of(processor: Any) -> Gate | None:

@@ -127,7 +127,7 @@ def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gate_s
             stacklevel=4,
         )
     scale = call.arguments.get("guidance_scale", call.arguments.get("max_guidance_scale"))
-    embeds_guidance = getattr(pipelines.denoiser_of(pipe).config, "time_cond_proj_dim", None) is not None
+    embeds_guidance = getattr(pipelines.denoisers_of(pipe)[0].config, "time_cond_proj_dim", None) is not None
     if lcm and scale is not None and scale > 1 and not embeds_guidance:
         raise ConfigError(
             f"`lcm` must be False in a run with guidance, got True with a guidance scale of {scale}. "

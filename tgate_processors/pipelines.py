@@ -1,16 +1,29 @@
-"""What a pipeline offers to a gate: its denoiser, its callback, its guidance, the length of its loop.
+"""What a pipeline offers to a gate: its networks, its callback, its guidance, the length of its loop.
 
 Facts are of diffusers 0.42. What cannot be asked of a pipeline stands in `FAMILIES`.
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 
 from tgate_processors.errors import UnsupportedPipelineError
+from tgate_processors.processors import cross_attention_layers
 from tgate_processors.schedule import Branch, StepClock
+
+
+class Guidance(Enum):
+    """How a pipeline evaluates the branches of its guidance."""
+
+    HALVES = "one batch `[negative, positive]`: one half is dropped"
+    HALVES_POSITIVE_FIRST = "one batch `[positive, negative]`: one half is dropped"
+    CALLS = "a call for each branch: the calls after the first are left out"
+    PARTS = "one batch of three parts or more: kept, cross-attention alone is reused"
+    NONE = "none: cross-attention alone is reused"
 
 
 @dataclass(frozen=True)
@@ -18,43 +31,164 @@ class Family:
     """What is known of a pipeline class and cannot be asked of its instances.
 
     Args:
+        guidance: How its branches are evaluated.
         branch: The branch that is denoised after the gate unless the configuration names one.
-        folds: Whether guidance is a batch of two halves, one of which can be dropped.
     """
 
+    guidance: Guidance = Guidance.HALVES
     branch: Branch = "negative"
-    folds: bool = True
 
 
+def _families(family: Family, *names: str) -> dict[str, Family]:
+    return dict.fromkeys(names, family)
+
+
+# Each of these is run by the tests. A pipeline that derives from one of them is taken to be like it.
 FAMILIES = {
+    **_families(
+        Family(),
+        "AllegroPipeline",
+        "AnimateDiffControlNetPipeline",
+        "AnimateDiffPipeline",
+        "AnimateDiffSDXLPipeline",
+        "AnimateDiffSparseControlNetPipeline",
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        "AnimateDiffVideoToVideoPipeline",
+        "AudioLDM2Pipeline",
+        "HunyuanDiTControlNetPipeline",
+        "HunyuanDiTPipeline",
+        "Kandinsky3Img2ImgPipeline",
+        "Kandinsky3Pipeline",
+        "KolorsImg2ImgPipeline",
+        "KolorsPipeline",
+        "LTXConditionPipeline",
+        "LTXImageToVideoPipeline",
+        "LTXPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+        "LatentConsistencyModelPipeline",
+        "LattePipeline",
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+        "SanaControlNetPipeline",
+        "SanaPipeline",
+        "SanaVideoPipeline",
+        "StableAudioPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetXSPipeline",
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionGLIGENPipeline",
+        "StableDiffusionImageVariationPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionLatentUpscalePipeline",
+        "StableDiffusionPipeline",
+        "StableDiffusionUpscalePipeline",
+        "StableDiffusionXLAdapterPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetXSPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLPipeline",
+        "TextToVideoSDPipeline",
+        "VideoToVideoSDPipeline",
+    ),
     # The original goes on with what it calls negative embeddings, which are the image's: the second half.
-    "StableVideoDiffusionPipeline": Family(branch="positive"),
-    # Three parts, [text, image, neither]: guidance is kept.
-    "StableDiffusionInstructPix2PixPipeline": Family(folds=False),
-    "StableDiffusionXLInstructPix2PixPipeline": Family(folds=False),
+    **_families(Family(branch="positive"), "StableVideoDiffusionPipeline"),
+    **_families(Family(Guidance.HALVES_POSITIVE_FIRST), "LuminaPipeline"),
+    **_families(
+        Family(Guidance.CALLS),
+        "Cosmos2TextToImagePipeline",
+        "Cosmos2VideoToWorldPipeline",
+        "CosmosTextToWorldPipeline",
+        "CosmosVideoToWorldPipeline",
+        "Kandinsky5T2IPipeline",
+        "Kandinsky5T2VPipeline",
+        "SkyReelsV2ImageToVideoPipeline",
+        "SkyReelsV2Pipeline",
+        "WanImageToVideoPipeline",
+        "WanPipeline",
+        "WanVACEPipeline",
+        "WanVideoToVideoPipeline",
+    ),
+    **_families(
+        Family(Guidance.PARTS),
+        "AnimateDiffPAGPipeline",
+        "HunyuanDiTPAGPipeline",
+        "KolorsPAGPipeline",
+        "LEditsPPPipelineStableDiffusion",
+        "LEditsPPPipelineStableDiffusionXL",
+        "PixArtSigmaPAGPipeline",
+        "SanaPAGPipeline",
+        "StableDiffusionControlNetPAGInpaintPipeline",
+        "StableDiffusionControlNetPAGPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionPAGImg2ImgPipeline",
+        "StableDiffusionPAGInpaintPipeline",
+        "StableDiffusionPAGPipeline",
+        "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        "StableDiffusionXLPAGImg2ImgPipeline",
+        "StableDiffusionXLPAGInpaintPipeline",
+        "StableDiffusionXLPAGPipeline",
+    ),
+    **_families(
+        Family(Guidance.NONE),
+        "MarigoldDepthPipeline",
+        "MarigoldIntrinsicsPipeline",
+        "MarigoldNormalsPipeline",
+        "SanaSprintImg2ImgPipeline",
+        "SanaSprintPipeline",
+    ),
 }
 
 
 def family_of(pipe: Any) -> Family:
     """What is known of the pipeline's class, or of the nearest class that it inherits from."""
-    known = (FAMILIES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in FAMILIES)
-    return next(known, Family())
+    return next((FAMILIES[name] for name in _class_names(pipe) if name in FAMILIES), Family())
 
 
-def denoiser_of(pipe: Any) -> torch.nn.Module:
-    """The model that the pipeline's loop evaluates.
+def is_known(pipe: Any) -> bool:
+    """Whether the pipeline's class, or one that it inherits from, is in `FAMILIES`."""
+    return any(name in FAMILIES for name in _class_names(pipe))
+
+
+def _class_names(pipe: Any) -> list[str]:
+    return [cls.__name__ for cls in type(pipe).__mro__]
+
+
+def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
+    """The models that the pipeline's loop evaluates one after the other: one, or two where the noise decides.
 
     Raises:
         UnsupportedPipelineError: `pipe` has neither a `unet` nor a `transformer`.
     """
-    for name in ("unet", "transformer"):
-        denoiser = getattr(pipe, name, None)
-        if isinstance(denoiser, torch.nn.Module):
-            return denoiser
-    raise UnsupportedPipelineError(
-        f"`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got {type(pipe).__name__}. "
-        "Pass the pipeline itself; for a denoiser without one use `gated_processors`."
-    )
+    components = (getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2"))
+    denoisers = [component for component in components if isinstance(component, torch.nn.Module)]
+    if not denoisers:
+        raise UnsupportedPipelineError(
+            f"`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got {type(pipe).__name__}. "
+            "Pass the pipeline itself; for a denoiser without one use `gated_processors`."
+        )
+    return denoisers
+
+
+def side_networks_of(pipe: Any) -> Iterator[torch.nn.Module]:
+    """The networks with cross-attention that the loop evaluates beside the denoiser: ControlNets."""
+    controlnet = getattr(pipe, "controlnet", None)
+    if not isinstance(controlnet, torch.nn.Module) or type(controlnet).__name__ == "ControlNetXSAdapter":
+        return  # the adapter's layers are the denoiser's
+    for network in getattr(controlnet, "nets", [controlnet]):
+        if cross_attention_layers(network):
+            yield network
 
 
 def takes_callback(pipe: Any) -> bool:
@@ -77,9 +211,11 @@ def step_clock(pipe: Any) -> StepClock:
     )
 
 
-def does_guidance(pipe: Any) -> bool | None:
-    """Whether the running loop's batch is `[negative, positive]`; None where the pipeline keeps it to itself."""
-    if not family_of(pipe).folds or getattr(pipe, "do_perturbed_attention_guidance", False):
+def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
+    """Whether the running loop's batch has two halves; None where the pipeline keeps it to itself."""
+    if getattr(pipe, "do_perturbed_attention_guidance", guidance is Guidance.PARTS):
+        return False  # perturbed-attention guidance adds a part
+    if guidance in (Guidance.CALLS, Guidance.NONE):
         return False
-    guidance = getattr(pipe, "do_classifier_free_guidance", None)
-    return None if guidance is None else bool(guidance)
+    does = getattr(pipe, "do_classifier_free_guidance", None)
+    return None if does is None else bool(does)

@@ -1,10 +1,12 @@
 """Gated attention processors: a processor's own class, plus a gate that decides whether it has to compute."""
 
 import functools
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from tgate_processors.errors import UnsupportedPipelineError
 from tgate_processors.gate import Gate, mean_of_halves
@@ -22,6 +24,7 @@ class GatedProcessor:
     """
 
     gate: Gate | None = None
+    below: Any = None  # the processor that this one stands in for
     is_cross_attention: bool = False
     cached: torch.Tensor | None = None
 
@@ -103,74 +106,115 @@ def gated(processor: Any, gate: Gate, *, is_cross_attention: bool) -> GatedProce
     cls = gated_class(processor.__class__)
     copy = cls.__new__(cls)
     copy.__dict__.update(vars(processor))
-    copy.gate = gate
-    copy.is_cross_attention = is_cross_attention
+    vars(copy).update(gate=gate, below=processor, is_cross_attention=is_cross_attention)
     return copy
 
 
 def ungated(processor: Any) -> Any:
-    """What `processor` would be without its gate: itself, unless it is gated."""
+    """The processor that a gated one stands in for, with the attributes that were set since; others are themselves."""
     if not isinstance(processor, GatedProcessor):
         return processor
-    mro = type(processor).__mro__
-    base: Any = mro[mro.index(GatedProcessor) + 1]
-    plain = base.__new__(base)
-    plain.__dict__.update({k: v for k, v in vars(processor).items() if k not in GatedProcessor.__annotations__})
-    return plain
+    below = processor.below
+    if below is None:  # diffusers made it anew, by its class
+        mro = type(processor).__mro__
+        base: Any = mro[mro.index(GatedProcessor) + 1]
+        below = base.__new__(base)
+    below.__dict__.update({k: v for k, v in vars(processor).items() if k not in GatedProcessor.__annotations__})
+    return below
 
 
 def attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The attention layers of a denoiser by their names in `denoiser.attn_processors`."""
-    names: dict[str, Any] = getattr(denoiser, "attn_processors", {})
-    return {name: denoiser.get_submodule(name.removesuffix(".processor")) for name in names}
+    """The attention layers of a denoiser by the names of their processors, as `denoiser.attn_processors` has them.
+
+    Some denoisers (Allegro's, Cosmos') have layers with processors and no `attn_processors`.
+    """
+    layers = {
+        f"{name}.processor": layer for name, layer in denoiser.named_modules() if hasattr(layer, "set_processor")
+    }
+    return {name.removeprefix("_orig_mod."): layer for name, layer in layers.items()}  # torch.compile's wrapper
+
+
+def set_processors(denoiser: torch.nn.Module, processors: Mapping[str, Any]) -> None:
+    """What `denoiser.set_attn_processor(processors)` does, for denoisers without one too."""
+    for name, layer in attention_layers(denoiser).items():
+        if layer.processor is not processors[name]:
+            layer.set_processor(processors[name])  # type: ignore[operator]  # of diffusers' layers
 
 
 def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
     """Processors for `denoiser.set_attn_processor(...)`: gated where `gate` has something to decide.
 
     Every cross-attention layer gets a gated copy of the processor that it has; self-attention layers too where
-    the configuration reuses self-attention. The other layers keep the very processors that they have.
+    the configuration reuses self-attention. The other layers keep the very processors that they have, and so do
+    those that `gate` has already.
 
     Args:
-        denoiser: A model with `attn_processors`, such as `pipe.unet` or PixArt's `pipe.transformer`.
+        denoiser: A model with attention processors, such as `pipe.unet` or PixArt's `pipe.transformer`.
         gate: Moves the processors from step to step; they become its layers.
 
     Raises:
         UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
     """
+    layers = attention_layers(denoiser)
+    cross = cross_attention_layers(denoiser)
+    check_can_be_gated(denoiser)
     processors = {}
-    for name, layer in attention_layers(denoiser).items():
-        processor = ungated(layer.processor)
-        if _is_gated(layer, gate):
-            processor = gated(processor, gate, is_cross_attention=is_cross_attention(layer))
+    for name, layer in layers.items():
+        processor: Any = layer.processor
+        is_ours = isinstance(processor, GatedProcessor) and processor.gate is gate
+        if not is_ours:
+            processor = ungated(processor)
+            if name in cross or (gate.config.reuses_self_attention and not is_joint(layer)):
+                processor = gated(processor, gate, is_cross_attention=name in cross)
         processors[name] = processor
     gate.layers = [processor for processor in processors.values() if isinstance(processor, GatedProcessor)]
-    if not any(layer.is_cross_attention for layer in gate.layers):
-        raise UnsupportedPipelineError(_why_nothing_to_gate(denoiser))
     return processors
 
 
-def _is_gated(layer: torch.nn.Module, gate: Gate) -> bool:
-    if getattr(layer, "added_kv_proj_dim", None) is not None:
-        return False  # self- and cross-attention are one operation: there is no output of its own to keep
-    return is_cross_attention(layer) or gate.config.reuses_self_attention
+# Where a layer does not say itself whether it is cross-attention, or says wrong: the names of those that are,
+# in diffusers 0.42.
+CROSS_ATTENTION = {
+    "Kandinsky3UNet": r"attentions\.[1-9]\d*\.attention",  # the first is self-attention, and says that it is not
+    "Kandinsky5Transformer3DModel": r"\.cross_attention",
+    "LTXVideoTransformer3DModel": r"\.attn2",
+    "WanAnimateTransformer3DModel": r"\.attn2",  # its other cross-attention is to the face of each frame
+}
 
 
-def is_cross_attention(layer: torch.nn.Module) -> bool:
-    """Whether an attention layer attends to the prompt."""
-    return bool(getattr(layer, "is_cross_attention", False))
+def cross_attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Those of `attention_layers` that attend to the prompt and to nothing else."""
+    layers = attention_layers(denoiser)
+    pattern = CROSS_ATTENTION.get(type(getattr(denoiser, "_orig_mod", denoiser)).__name__)
+    if pattern is not None:
+        return {name: layer for name, layer in layers.items() if re.search(rf"{pattern}\.processor$", name)}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if getattr(layer, "is_cross_attention", False) and not is_joint(layer)
+    }
 
 
-def _why_nothing_to_gate(denoiser: torch.nn.Module) -> str:
-    name = type(denoiser).__name__
+def is_joint(layer: torch.nn.Module) -> bool:
+    """Whether self- and cross-attention are one operation in a layer, so that neither has an output to keep."""
+    return isinstance(layer, Attention) and layer.added_kv_proj_dim is not None
+
+
+def check_can_be_gated(denoiser: torch.nn.Module) -> None:
+    """Whether there is a layer to gate.
+
+    Raises:
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
+    """
+    if cross_attention_layers(denoiser):
+        return
     layers = attention_layers(denoiser)
     if not layers:
-        reason = "it has no `attn_processors`"
+        reason = "it has no attention processors"
     elif any(getattr(layer, "added_kv_proj_dim", None) is not None for layer in layers.values()):
         reason = "its text joins self-attention (joint or added-KV attention), so no cross-attention has an output"
     else:
-        reason = f"none of its {len(layers)} attention layers attends to a prompt"
-    return (
-        f"`denoiser` must have cross-attention layers to gate, got {name}: {reason}. "
+        reason = f"none of its {len(layers)} attention layers is known to attend to the prompt alone"
+    raise UnsupportedPipelineError(
+        f"`denoiser` must have cross-attention layers to gate, got {type(denoiser).__name__}: {reason}. "
         "Pass a denoiser with separate cross-attention, such as `UNet2DConditionModel` or `PixArtTransformer2DModel`."
     )

@@ -6,7 +6,7 @@ from typing import Any
 from tgate_processors import deepcache
 from tgate_processors.architectures import Architecture, architecture
 from tgate_processors.cost import Evaluation, evaluation_costs, total
-from tgate_processors.processors import attention_layers, is_cross_attention
+from tgate_processors.processors import cross_attention_layers
 from tgate_processors.schedule import Phase, StepMode, TGateConfig, format_table
 
 
@@ -83,7 +83,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
     costs, peak = evaluation_costs(model, config, known.inputs(model), [*stock, *gated], helper)
     stock_cost, gated_cost = total(costs, stock), total(costs, gated)
     parameters = _count_parameters(model)
-    cross = sum(map(_count_parameters, filter(is_cross_attention, attention_layers(model).values())))
+    cross = sum(map(_count_parameters, cross_attention_layers(model).values()))
     return RunCost(
         steps=known.steps,
         stock_macs=stock_cost.macs,

@@ -1,10 +1,13 @@
 """What a gated run did, as a record that prints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from tgate_processors.cost import Cost, Evaluation
-from tgate_processors.schedule import Phase, Schedule
+from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, total
+from tgate_processors.guidance import sample_of
+from tgate_processors.network import GatedNetwork
+from tgate_processors.schedule import Phase, Schedule, StepMode, TGateConfig
 
 
 @dataclass(frozen=True)
@@ -13,14 +16,16 @@ class Summary:
 
     Args:
         schedule: The modes of its steps.
-        evaluations: The calls of the denoiser, in order.
-        cost: Their arithmetic and their calls of attention layers.
-        stock_macs: Multiply-accumulates of as many evaluations of the stock pipeline.
+        evaluations: The calls of the denoiser that were computed, in order.
+        side_evaluations: The calls of each ControlNet.
+        cost: The arithmetic and the calls of attention layers of all of these.
+        stock_macs: Multiply-accumulates of the stock pipeline's calls.
         cache_bytes: Bytes of attention output kept at the peak.
     """
 
     schedule: Schedule
     evaluations: tuple[Evaluation, ...]
+    side_evaluations: tuple[tuple[Evaluation, ...], ...]
     cost: Cost
     stock_macs: int
     cache_bytes: int
@@ -44,13 +49,11 @@ class Summary:
     def __str__(self) -> str:
         cost = self.cost
         closed = "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
-        batches = " + ".join(f"{len(list(run))} x {batch}" for batch, run in groupby(self.batches))
-        shallow = sum(evaluation.shallow for evaluation in self.evaluations)
         return "\n".join(
             [
                 f"steps             {len(self.schedule)}, gate {closed}",
-                f"evaluations       {len(self.evaluations)}, batches {batches}"
-                + (f", {shallow} of them shallow" if shallow else ""),
+                f"evaluations       {_batches(self.evaluations)}",
+                *(f"  of a ControlNet {_batches(evaluations)}" for evaluations in self.side_evaluations),
                 f"cross-attention   {cost.cross_computed} calls computed, {cost.cross_reused} reused",
                 f"self-attention    {cost.self_computed} calls computed, {cost.self_reused} reused",
                 f"cache at peak     {self.cache_bytes / 2**20:.2f} MiB",
@@ -58,3 +61,35 @@ class Summary:
                 f"{self.macs_saved:.1%} saved",
             ]
         )
+
+
+def _batches(evaluations: Sequence[Evaluation]) -> str:
+    runs = groupby(evaluation.batch for evaluation in evaluations)
+    batches = " + ".join(f"{len(list(run))} x {batch}" for batch, run in runs)
+    shallow = sum(evaluation.shallow for evaluation in evaluations)
+    return f"{len(evaluations)}, batches {batches}" + (f", {shallow} of them shallow" if shallow else "")
+
+
+def summarize(
+    config: TGateConfig, num_steps: int, denoisers: Sequence[GatedNetwork], side_networks: Sequence[GatedNetwork]
+) -> Summary:
+    """The record of a run that these networks were evaluated in."""
+    counted = [(network, *_counted(network, config)) for network in (*denoisers, *side_networks) if network.inputs]
+    guided = any(network.guided or network.num_calls > len(network.evaluations) for network in denoisers)
+    return Summary(
+        schedule=Schedule(config, num_steps, guidance=guided),
+        evaluations=tuple(evaluation for denoiser in denoisers for evaluation in denoiser.evaluations),
+        side_evaluations=tuple(tuple(network.evaluations) for network in side_networks),
+        cost=sum((cost for _, cost, _ in counted), Cost()),
+        stock_macs=sum(stock for _, _, stock in counted),
+        cache_bytes=sum(network.gate.peak_cache_bytes for network, _, _ in counted),
+    )
+
+
+def _counted(network: GatedNetwork, config: TGateConfig) -> tuple[Cost, int]:
+    """What a network's evaluations cost, and the multiply-accumulates of the stock pipeline's."""
+    assert network.inputs is not None
+    stock = Evaluation(StepMode.PLANNING, sample_of(network.inputs).shape[0])
+    done = network.evaluations
+    costs, _ = evaluation_costs(meta_copy(network.module), config, network.inputs, [stock, *done], network.deepcache)
+    return total(costs, done), costs[stock].macs * network.num_calls

@@ -20,7 +20,7 @@ from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import caption
 from tgate_processors.handle import apply_tgate
-from tgate_processors.processors import attention_layers, is_cross_attention
+from tgate_processors.processors import cross_attention_layers
 from tgate_processors.schedule import TGateConfig, format_table
 
 
@@ -39,7 +39,7 @@ def drop_guidance(after: int) -> dict[str, Any]:
 def cross_attention_change(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any) -> Tensor:
     """Relative change of cross-attention's outputs since the step before -> (steps - 1,), the median over layers."""
     outputs: list[list[Tensor]] = []
-    layers = [layer for layer in attention_layers(pipe.unet).values() if is_cross_attention(layer)]
+    layers = cross_attention_layers(pipe.unet).values()
     hooks = [pipe.unet.register_forward_pre_hook(lambda *_: outputs.append([]))]
     hooks += [layer.register_forward_hook(lambda *args: outputs[-1].append(args[-1])) for layer in layers]
     try:
