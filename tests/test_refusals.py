@@ -9,8 +9,15 @@ from diffusers.models.attention_processor import AttnProcessor
 from tiny import Observed, fingerprint, tiny
 
 import tgate_processors
-from tgate_processors import ConfigError, StateError, TGateConfig, TGateError, UnsupportedPipelineError, apply_tgate
-from tgate_processors import network
+from tgate_processors import (
+    ConfigError,
+    StateError,
+    TGateConfig,
+    TGateError,
+    UnsupportedPipelineError,
+    apply_tgate,
+    network,
+)
 from tgate_processors.processors import attention_layers
 
 

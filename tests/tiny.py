@@ -118,6 +118,17 @@ def _traces(module):
     return type(module), attributes, hooks, id(getattr(module, "processor", None)), set(module._modules)
 
 
+def left_behind(before, model):
+    """What differs from an earlier fingerprint, by module."""
+    after = fingerprint(model)
+    assert before.keys() == after.keys()
+    return {
+        name: [(a, b) for a, b in zip(before[name], after[name]) if a != b]
+        for name in before
+        if before[name] != after[name]
+    }
+
+
 class Observed:
     """What really happens in a denoiser: the batches that reach its first layer, the attention layers that compute."""
 

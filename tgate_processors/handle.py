@@ -167,8 +167,8 @@ class TGate:
         """Move the gate on after a step; this is the pipeline's `callback_on_step_end`."""
         if pipe is not self.pipe:
             raise StateError(
-                f"`callback_on_step_end` must be the handle of the pipeline that runs, got that of another "
-                f"{type(self.pipe).__name__}. Call `apply_tgate` for this {type(pipe).__name__} too and pass its handle."
+                "`callback_on_step_end` must be the handle of the pipeline that runs, got that of another "
+                f"{type(self.pipe).__name__}. Call `apply_tgate` for this {type(pipe).__name__} too, pass its handle."
             )
         run = self._run
         if run is None or run.timesteps() is not pipe.scheduler.timesteps or step_index <= run.last_step_index:

@@ -37,6 +37,13 @@ class GatedNetwork:
         deepcache: The `DeepCacheSDHelper` that is enabled on the network, where there is one.
     """
 
+    # Of one run:
+    guided: bool | None  # whether the batch has two halves; None until the gate has to know
+    evaluations: list[Evaluation]
+    num_calls: int  # with those that were left out
+    calls_in_step: int
+    inputs: Inputs | None  # of the first evaluation, on the meta device
+
     def __init__(
         self,
         module: Any,
@@ -108,8 +115,8 @@ class GatedNetwork:
             does_guidance = halves_are_equal(sample)
         if does_guidance and sample.shape[0] % 2:
             raise StateError(
-                f"the batch of {type(self.module).__name__} must be the two halves of classifier-free guidance, as the "
-                f"pipeline's `do_classifier_free_guidance` says, got a batch of {sample.shape[0]}. "
+                f"the batch of {type(self.module).__name__} must be the two halves of classifier-free guidance, as "
+                f"the pipeline's `do_classifier_free_guidance` says, got a batch of {sample.shape[0]}. "
                 "Remove the gate to run this pipeline."
             )
         self.guided, self._guided_batch = does_guidance, sample.shape[0]
@@ -159,11 +166,11 @@ class GatedNetwork:
         return output
 
     def _forget(self) -> None:
-        self.guided: bool | None = None  # None until the gate has to know
-        self.evaluations: list[Evaluation] = []
-        self.num_calls = 0  # with those that were left out
+        self.guided = None
+        self.evaluations = []
+        self.num_calls = 0
         self.calls_in_step = 0
-        self.inputs: Inputs | None = None  # of the first evaluation, on the meta device
+        self.inputs = None
         self._guided_batch = 0
         self._batch = 0
         self._in_run = False

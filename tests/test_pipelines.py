@@ -1,0 +1,127 @@
+"""Every pipeline class that is known, at toy size: equal to stock where it must be, counted where it is gated."""
+
+from collections import Counter
+from functools import cache, partial
+
+import pytest
+import torch
+import zoo_motion
+import zoo_transformers
+import zoo_unets
+from tiny import fingerprint, left_behind
+from zoo import ENTRIES, STEPS, class_of, seeded
+
+from tgate_processors import TGateConfig, apply_tgate
+from tgate_processors.guidance import sample_of
+from tgate_processors.installation import is_gated
+from tgate_processors.pipelines import FAMILIES, Guidance, denoisers_of, side_networks_of, takes_callback
+from tgate_processors.processors import attention_layers, cross_attention_layers
+
+
+GATE = 2
+every_pipeline = pytest.mark.parametrize("name", ENTRIES)
+
+
+def run(name, pipe, config=None, pictures=(0,)):
+    """The latents of some pictures, gated where there is a configuration, and the handle, removed."""
+    kwargs = ENTRIES[name].call(list(pictures))
+    if config is None:
+        return pipe(**kwargs)[0], None
+    with apply_tgate(pipe, config) as tgate:
+        if takes_callback(pipe):
+            kwargs["callback_on_step_end"] = tgate
+        return pipe(**kwargs)[0], tgate
+
+
+@cache
+def stock(name):
+    return run(name, seeded(ENTRIES[name].build))[0]
+
+
+def test_every_family_is_here():
+    assert {class_of(name) for name in ENTRIES} == FAMILIES.keys()
+    assert len(FAMILIES) >= 50
+
+
+# The stock pipelines leave their perturbing processor on the layer, a new one after every run.
+LEAVE_A_PROCESSOR = {"StableDiffusionXLPAGInpaintPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline"}
+
+
+@every_pipeline
+def test_a_gate_that_never_closes_is_the_stock_pipeline_and_leaves_no_trace(name):
+    pipe = seeded(ENTRIES[name].build)
+    networks = [*denoisers_of(pipe), *side_networks_of(pipe)]
+    before = list(map(fingerprint, networks))
+    assert torch.equal(run(name, pipe, TGateConfig(gate_step=STEPS))[0], stock(name))
+    gated, _ = run(name, pipe, TGateConfig(gate_step=1, sp_interval=2, fi_interval=2))
+    assert not torch.allclose(gated, stock(name), atol=1e-4)
+    if name not in LEAVE_A_PROCESSOR:
+        assert [left_behind(*pair) for pair in zip(before, networks, strict=True)] == [{}] * len(networks)
+    assert not any(map(is_gated, networks))
+    assert torch.equal(run(name, pipe)[0], stock(name))
+
+
+class Seen:
+    """What reaches a network: the batch of every call, and the attention layers that compute."""
+
+    def __init__(self, network):
+        self.batches, self.computed = [], Counter()
+        self.cross = cross_attention_layers(network)
+        self.num_self = len(attention_layers(network)) - len(self.cross)
+        self.hooks = [network.register_forward_pre_hook(self.on_call, with_kwargs=True)]
+        for layer_name, layer in attention_layers(network).items():
+            key = next(part for part in ("to_k", "to_key") if hasattr(layer, part))
+            kind = "cross" if layer_name in self.cross else "self"
+            hook = partial(self.on_attention, kind)
+            self.hooks.append(getattr(layer, key).register_forward_hook(hook))
+
+    def on_call(self, module, args, kwargs):
+        self.batches.append(sample_of((args, kwargs)).shape[0])
+
+    def on_attention(self, kind, *_):
+        self.computed[kind] += 1
+
+    def stop(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def expected_batches(name):
+    """Of the denoiser, gated after `GATE` of `STEPS` steps."""
+    branches, closed = ENTRIES[name].branches, STEPS - GATE
+    if FAMILIES[class_of(name)].guidance is Guidance.CALLS:
+        return [1] * (branches * GATE + closed)
+    return [branches] * GATE + [1 if branches == 2 else branches] * closed
+
+
+@every_pipeline
+def test_evaluations_and_attention_calls(name):
+    pipe = seeded(ENTRIES[name].build)
+    denoisers, side_networks = denoisers_of(pipe), list(side_networks_of(pipe))
+    seen = list(map(Seen, [*denoisers, *side_networks]))
+    _, tgate = run(name, pipe, TGateConfig(gate_step=GATE))
+    for one in seen:
+        one.stop()
+
+    assert [batch for one in seen[: len(denoisers)] for batch in one.batches] == expected_batches(name)
+    summary = tgate.summary()
+    assert summary.batches == tuple(expected_batches(name))
+    assert summary.gate_closed_at == GATE
+    computed = sum((one.computed for one in seen), Counter())
+    assert summary.cost.cross_computed == computed["cross"]
+    assert summary.cost.self_computed == computed["self"]
+    assert summary.macs_saved > 0
+    for one in seen:
+        before_the_gate = len(one.batches) - (STEPS - GATE)
+        assert one.computed["cross"] == len(one.cross) * before_the_gate
+        assert one.computed["self"] == one.num_self * len(one.batches)
+    assert all(network.gate.cache_bytes == 0 for network in tgate._networks)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ENTRIES if name not in zoo_motion.ONE_PICTURE_ONLY | zoo_transformers.ONE_PICTURE_ONLY]
+)
+def test_a_batch_of_two_is_two_runs_of_one(name):
+    config = TGateConfig(gate_step=GATE)
+    both, one, other = (run(name, seeded(ENTRIES[name].build), config, p)[0] for p in ([0, 1], [0], [1]))
+    torch.testing.assert_close(both, torch.cat([one, other]), rtol=1e-3, atol=2e-4)  # kernels differ by batch
