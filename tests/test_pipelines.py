@@ -1,21 +1,19 @@
 """Every pipeline class that is known, at toy size: equal to stock where it must be, counted where it is gated."""
 
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 import zoo_motion
 import zoo_transformers
-import zoo_unets
+from seen import Seen
 from tiny import fingerprint, left_behind
 from zoo import ENTRIES, STEPS, class_of, seeded
 
 from tgate_processors import TGateConfig, apply_tgate
-from tgate_processors.guidance import sample_of
 from tgate_processors.installation import is_gated
 from tgate_processors.pipelines import FAMILIES, Guidance, denoisers_of, side_networks_of, takes_callback
-from tgate_processors.processors import attention_layers, cross_attention_layers
 
 
 GATE = 2
@@ -59,31 +57,6 @@ def test_a_gate_that_never_closes_is_the_stock_pipeline_and_leaves_no_trace(name
         assert [left_behind(*pair) for pair in zip(before, networks, strict=True)] == [{}] * len(networks)
     assert not any(map(is_gated, networks))
     assert torch.equal(run(name, pipe)[0], stock(name))
-
-
-class Seen:
-    """What reaches a network: the batch of every call, and the attention layers that compute."""
-
-    def __init__(self, network):
-        self.batches, self.computed = [], Counter()
-        self.cross = cross_attention_layers(network)
-        self.num_self = len(attention_layers(network)) - len(self.cross)
-        self.hooks = [network.register_forward_pre_hook(self.on_call, with_kwargs=True)]
-        for layer_name, layer in attention_layers(network).items():
-            key = next(part for part in ("to_k", "to_key") if hasattr(layer, part))
-            kind = "cross" if layer_name in self.cross else "self"
-            hook = partial(self.on_attention, kind)
-            self.hooks.append(getattr(layer, key).register_forward_hook(hook))
-
-    def on_call(self, module, args, kwargs):
-        self.batches.append(sample_of((args, kwargs)).shape[0])
-
-    def on_attention(self, kind, *_):
-        self.computed[kind] += 1
-
-    def stop(self):
-        for hook in self.hooks:
-            hook.remove()
 
 
 def expected_batches(name):

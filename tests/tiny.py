@@ -123,7 +123,7 @@ def left_behind(before, model):
     after = fingerprint(model)
     assert before.keys() == after.keys()
     return {
-        name: [(a, b) for a, b in zip(before[name], after[name]) if a != b]
+        name: [(a, b) for a, b in zip(before[name], after[name], strict=True) if a != b]
         for name in before
         if before[name] != after[name]
     }

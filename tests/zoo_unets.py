@@ -246,3 +246,20 @@ for variant, given in (("", (*TEXT_TO_IMAGE, "noise")), ("Img2Img", IMAGE_TO_IMA
         unet_changes={"time_cond_proj_dim": 8},
         settings={"negative": False},
     )
+
+
+def upscale_call(pictures):
+    kwargs = call(pictures, xl=True, inputs=("latents",))
+    return kwargs | {"image": of_pictures(pictures, 4, SIZE // 4, SIZE // 4, kind=9)}
+
+
+register(
+    "StableDiffusionLatentUpscalePipeline",
+    partial(
+        build,
+        "StableDiffusionLatentUpscalePipeline",
+        unet_changes={"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 2 * 64 + 10},
+        scheduler=diffusers.EulerDiscreteScheduler,
+    ),
+    upscale_call,
+)

@@ -117,8 +117,7 @@ class TGate:
         self.pipe = pipe
         self.config = config
         self.callback_on_step_end = callback_on_step_end
-        family = pipelines.family_of(pipe)
-        self._guidance = family.guidance
+        self._family = family = pipelines.family_of(pipe)
         self._moved_by_callback = pipelines.takes_callback(pipe)
         self._run: _Run | None = None
         self._foreign_timesteps: weakref.ref[torch.Tensor] | None = None
@@ -221,7 +220,7 @@ class TGate:
             return False  # someone evaluates the network on their own
         if is_denoiser:
             self._check_callback(network)
-        network.settle_guidance(pipelines.does_guidance(self.pipe, self._guidance), inputs)
+        network.settle_guidance(pipelines.does_guidance(self.pipe, self._family.guidance), inputs)
         return True
 
     def leave(self, network: GatedNetwork) -> None:
@@ -240,8 +239,9 @@ class TGate:
             return False
         if run is None or run.timesteps() is not timesteps:
             return True
-        # LEDITS++ sets its timesteps once, for all of its runs
-        return is_denoiser and run.is_over and _is_same_timestep(timestep_of(inputs), run.first_timestep)
+        if self._family.sets_timesteps or not (is_denoiser and run.is_over):
+            return False
+        return _is_same_timestep(timestep_of(inputs), run.first_timestep)
 
     def _ignore_present_timesteps(self) -> None:
         timesteps = self.pipe.scheduler.timesteps
@@ -267,7 +267,7 @@ class TGate:
             network.finish()
 
     def _check_callback(self, network: GatedNetwork) -> None:
-        calls = 2 if self._guidance is Guidance.CALLS else 1
+        calls = 2 if self._family.guidance is Guidance.CALLS else 1
         if self._moved_by_callback and network.calls_in_step >= calls:
             raise StateError(
                 "`callback_on_step_end` must be the handle that `apply_tgate` returned, but it was not called after "
