@@ -21,6 +21,7 @@ ORDER = [
     "summary",
     "handle",
     "loaders",
+    "generate",
     "architectures",
     "run_cost",
     "__init__",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tgate_processors import TGateConfig, TGateError
+from tgate_processors import ConfigError, TGateConfig, TGateError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_generate(commands)
     _add_cost(commands)
     return top
 
@@ -52,6 +53,33 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo.add_argument("--rounds", type=int, default=3, help="how often each pipeline is timed, in turn")
     demo.add_argument("--out", type=Path, default=Path("tgate-demo.png"), help="where the pictures go")
     demo.set_defaults(run=run_demo)
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="draw many prompts into a folder",
+        description="Draws every prompt with the gated pipeline. Run again, it goes on where it was; under "
+        "`accelerate launch --num_processes N -m tgate_processors generate ...` the processes share the prompts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt on each line")
+    generate.add_argument("--model", default="demo", help="a pipeline's folder or name on the hub, or `demo`")
+    generate.add_argument("--out", type=Path, default=Path("tgate-pictures"), help="the folder of the pictures")
+    generate.add_argument("--steps", type=int, help="denoising steps; the pipeline's own where none is given")
+    generate.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
+    generate.add_argument("--guidance", type=float, help="scale of guidance; the pipeline's own where none is given")
+    generate.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
+    generate.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
+    generate.add_argument("--with-stock", action="store_true", help="the stock pipeline's picture left of each")
+    generate.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, as its own pipeline"
+    )
+    generate.set_defaults(run=run_generate)
+
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -154,3 +182,38 @@ def run_demo(options: argparse.Namespace) -> None:
     print(settings)
     print(comparison)
     print(f"pictures: {options.out}")
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Draw the prompts that are not drawn yet."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from tgate_processors.demo.model import load_demo_pipeline
+    from tgate_processors.generate import Job, generate, read_prompts, share_of_this_process
+    from tgate_processors.schedule import require_whole
+
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
+    if not prompts:
+        raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither.")
+    if options.steps is not None:
+        require_whole("steps", options.steps, least=1)
+    config = TGateConfig(gate_step=options.gate_step)
+    jobs = [
+        Job(prompt, options.seed + index, options.steps, options.guidance, config, options.with_stock)
+        for index, prompt in enumerate(prompts)
+    ]
+    share, device = share_of_this_process()
+    if options.model == "demo":
+        pipe = load_demo_pipeline()
+    else:
+        pipe = DiffusionPipeline.from_pretrained(
+            options.model,
+            use_safetensors=True,
+            torch_dtype=getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+        )
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    made = generate(pipe, jobs, options.out, share=share)
+    print(f"process {share.index + 1} of {share.count}: {len(made)} pictures in {options.out}")

@@ -147,7 +147,7 @@ def _for_deepcache(inputs: Inputs, helper: Any, shallow: bool) -> Inputs:
 
 
 def _count(model: torch.nn.Module, inputs: Inputs) -> Cost:
-    args, kwargs = inputs
+    args, kwargs = on_meta(inputs)  # HunyuanDiT empties the list of its controls
     calls: Counter[str] = Counter()
     cross = cross_attention_layers(model)
     hooks = [

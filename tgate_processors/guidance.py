@@ -24,8 +24,8 @@ def sample_of(inputs: Inputs) -> torch.Tensor:
 # Positions in the picture, the same for every branch.
 UNBATCHED = {"image_rotary_emb", "rotary_embedding"}
 
-# What side networks add. In guess mode a ControlNet sees the positive branch alone and the negative one is given zeros,
-# so the control is in the second half; else both halves are the same after the gate.
+# What side networks add. In guess mode a ControlNet sees the positive branch alone and the negative one is given
+# zeros, so the control is in the second half; else both halves are the same after the gate.
 CONTROLS = {
     "controlnet_block_samples",
     "down_block_additional_residuals",

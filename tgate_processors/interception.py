@@ -48,15 +48,16 @@ def release(module: torch.nn.Module, interceptor: Interceptor) -> None:
 def _intercepted_class(module: torch.nn.Module) -> type:
     base: Any = type(module)
     intercepted = weakref.ref(module)
+    standing: list[Interceptor] = []
 
     # Not `recursive`: `torch.compile` of the intercepted module shall compile what is called here.
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if intercepted() is not self:
             return base.__call__(self, *args, **kwargs)  # a deep copy: it has the class, and nobody asked for it
         inputs: Inputs | None = (args, kwargs)
         asked: list[Interceptor] = []
-        for interceptor in interceptors(self):
+        for interceptor in standing:
             asked.append(interceptor)
             assert inputs is not None
             inputs = interceptor.before(inputs)
@@ -69,4 +70,4 @@ def _intercepted_class(module: torch.nn.Module) -> type:
 
     # The same name, so that `save_pretrained` writes the class that can be loaded.
     same = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (base,), {**same, "__call__": __call__, "_tgate_interceptors": []})
+    return type(base.__name__, (base,), {**same, "__call__": __call__, "_tgate_interceptors": standing})

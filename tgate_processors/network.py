@@ -43,6 +43,7 @@ class GatedNetwork:
     num_calls: int  # with those that were left out
     calls_in_step: int
     inputs: Inputs | None  # of the first evaluation, on the meta device
+    _answer: Any  # of a step's first call, for the calls that are left out
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class GatedNetwork:
         self._batch = 0
         self._in_run = False
         self._folded = False
-        self._answer: Any = None  # of a step's first call, for the calls that are left out
+        self._answer = None
 
     def _deep_features_do_not_fit(self) -> bool:
         if not self.evaluations:

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers import PNDMScheduler
 
 from tgate_processors.errors import UnsupportedPipelineError
 from tgate_processors.processors import cross_attention_layers
@@ -208,12 +209,10 @@ def step_clock(pipe: Any) -> StepClock:
     order = getattr(scheduler, "order", 1)
     asked = getattr(scheduler, "num_inference_steps", None) or num_timesteps
     remaining = num_timesteps - (getattr(scheduler, "begin_index", None) or 0)
-    return StepClock(
-        # img2img and inpainting run a part of the timesteps, and say so here
-        num_evaluations=getattr(pipe, "num_timesteps", None) or remaining,
-        order=order,
-        num_warmup_evaluations=max(0, num_timesteps - asked * order),
-    )
+    # img2img and inpainting run a part of the timesteps, and say so; LEDITS++ runs those that it inverted.
+    num_evaluations = getattr(pipe, "num_timesteps", None) or len(getattr(pipe, "inversion_steps", ())) or remaining
+    warms_up = isinstance(scheduler, PNDMScheduler)  # Sana-Sprint's scheduler has one too many, which is not run
+    return StepClock(num_evaluations, order, max(0, num_timesteps - asked * order) if warms_up else 0)
 
 
 def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:

@@ -153,22 +153,41 @@ def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
         gate: Moves the processors from step to step; they become its layers.
 
     Raises:
-        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or a processor whose maps
+            are read in every step.
     """
+    check_can_be_gated(denoiser)
     layers = attention_layers(denoiser)
     cross = cross_attention_layers(denoiser)
-    check_can_be_gated(denoiser)
     processors = {}
     for name, layer in layers.items():
         processor: Any = layer.processor
         is_ours = isinstance(processor, GatedProcessor) and processor.gate is gate
         if not is_ours:
             processor = ungated(processor)
+            _check_is_not_read(processor)
             if name in cross or (gate.config.reuses_self_attention and not is_joint(layer)):
                 processor = gated(processor, gate, is_cross_attention=name in cross)
         processors[name] = processor
     gate.layers = [processor for processor in processors.values() if isinstance(processor, GatedProcessor)]
     return processors
+
+
+# Processors that keep the attention maps of every step for their pipeline, and how to do without, in diffusers 0.42.
+READ_IN_EVERY_STEP = {
+    "AttendExciteAttnProcessor": "Run Attend-and-Excite without T-GATE",
+    "LEDITSCrossAttnProcessor": "Pass `use_cross_attn_mask=False, use_intersect_mask=False` to the pipeline",
+    "Pix2PixZeroAttnProcessor": "Run pix2pix-zero without T-GATE",
+}
+
+
+def _check_is_not_read(processor: Any) -> None:
+    name = type(processor).__name__
+    if name in READ_IN_EVERY_STEP:
+        raise UnsupportedPipelineError(
+            f"`pipe` must not read its cross-attention in every step beside T-GATE, which reuses it, got layers with "
+            f"{name}. {READ_IN_EVERY_STEP[name]}."
+        )
 
 
 # Where a layer does not say itself whether it is cross-attention, or says wrong: the names of those that are,

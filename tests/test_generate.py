@@ -1,0 +1,112 @@
+"""`generate`: a picture for each prompt, resumed, and the same from two processes as from one."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tgate_processors import generate as generate_module
+from tgate_processors.cli import main
+
+
+PROMPTS = [
+    "a large red circle left of a small blue square on a yellow background",
+    "a small green triangle",
+    "a large blue square above a small red circle",
+]
+SETTINGS = ["--steps", "3", "--gate-step", "2", "--guidance", "5"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(prompts, tmp_path_factory):
+    """The pictures of one process."""
+    folder = tmp_path_factory.mktemp("pictures")
+    assert main(["generate", "--prompts", str(prompts), "--out", str(folder), *SETTINGS]) == 0
+    return folder
+
+
+def pixels(folder):
+    return {path.name: Image.open(path).tobytes() for path in folder.iterdir()}
+
+
+def test_a_picture_for_each_prompt(folder):
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0-a-large-red-circle-left-of-a-small-blue-square-on-a-yellow-b.png",
+        "1-a-small-green-triangle.png",
+        "2-a-large-blue-square-above-a-small-red-circle.png",
+    ]
+    assert len(set(pixels(folder).values())) == 3
+
+
+def test_a_second_run_makes_what_is_missing(folder, prompts, capsys, monkeypatch):
+    before = pixels(folder)
+    (folder / "1-a-small-green-triangle.png").unlink()
+    drawn = []
+    draw = generate_module._draw
+    monkeypatch.setattr(generate_module, "_draw", lambda pipe, job, **k: drawn.append(job) or draw(pipe, job, **k))
+    assert main(["generate", "--prompts", str(prompts), "--out", str(folder), *SETTINGS]) == 0
+    assert [job.prompt for job in drawn] == [PROMPTS[1]]
+    assert pixels(folder) == before
+    assert f"3 pictures in {folder}" in capsys.readouterr().out
+
+
+def test_an_interrupted_picture_is_not_there(folder, prompts, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module.Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["generate", PROMPTS[0], "--out", str(tmp_path), *SETTINGS])
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, prompts, capsys):
+    arguments = ["generate", "--prompts", str(prompts), "--out", str(folder), *SETTINGS, "--seed", "5"]
+    assert main(arguments) == 2
+    assert "`--out` must hold no picture of other settings" in capsys.readouterr().err
+
+
+def test_with_the_stock_picture_beside_it(folder, tmp_path):
+    arguments = ["generate", PROMPTS[0], "--out", str(tmp_path), *SETTINGS, "--with-stock"]
+    assert main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    alone = Image.open(next(folder.glob("0-*")))
+    pair = Image.open(path)
+    assert pair.size == (2 * alone.width, alone.height)
+    assert pair.crop((alone.width, 0, *pair.size)).tobytes() == alone.tobytes()
+    assert pair.crop((0, 0, *alone.size)).tobytes() != alone.tobytes()
+
+
+def test_two_processes_make_the_pictures_of_one(folder, prompts, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
+    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    arguments = ["generate", "--prompts", str(prompts), "--out", str(tmp_path), *SETTINGS]
+    done = subprocess.run([*launch, "-m", "tgate_processors", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2: 2 pictures" in done.stdout
+    assert "process 2 of 2: 1 pictures" in done.stdout
+    assert pixels(tmp_path) == pixels(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "`PROMPT` must be given, or `--prompts FILE`, got neither"),
+        (["--prompts", "nowhere.txt"], "`--prompts` must be a text file .* got 'nowhere.txt': no file"),
+        (["a circle", "--steps", "0"], "`steps` must be a whole number of at least 1, got 0"),
+        (["a circle", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    import re
+
+    assert main(["generate", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
