@@ -1,4 +1,4 @@
-"""A gated pipeline: equal to stock where it must be, counted where it differs, and untouched afterwards."""
+"""A gated pipeline at the weights of the recordings: what it counts, stores and leaves."""
 
 import gc
 
@@ -12,34 +12,19 @@ from tgate_processors import TGateConfig, apply_tgate
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
 
-def test_a_gate_that_never_closes_is_the_stock_pipeline(family):
-    stock = tiny(family)()
-    gated = tiny(family)
-    tgate = apply_tgate(gated.pipe, TGateConfig(gate_step=gated.num_steps()))
-    assert torch.equal(gated(tgate), stock)
-
-
-def test_a_gate_that_closes_changes_the_picture(family):
-    gated = tiny(family)
-    stock = gated()
-    tgate = apply_tgate(gated.pipe, TGateConfig(gate_step=1))
-    assert not torch.allclose(gated(tgate), stock, atol=1e-3)
-
-
-def test_removing_leaves_no_trace(family):
+def test_removing_twice(family):
     subject = tiny(family)
-    stock, before = subject(), fingerprint(subject.denoiser)
-    with apply_tgate(subject.pipe, TGateConfig(gate_step=1, sp_interval=2, fi_interval=2)) as tgate:
-        assert fingerprint(subject.denoiser) != before
-        subject(tgate)
-    assert fingerprint(subject.denoiser) == before
-    assert torch.equal(subject(), stock)
-    tgate.remove()  # again: nothing happens
-    assert fingerprint(subject.denoiser) == before
+    before = fingerprint(subject.denoiser)
+    tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=1))
+    assert fingerprint(subject.denoiser) != before
+    for _ in range(2):
+        tgate.remove()
+        assert fingerprint(subject.denoiser) == before
 
 
-@pytest.mark.parametrize("gate_step", [1, 2])
-def test_evaluations_and_attention_calls(family, gate_step):
+def test_evaluations_and_attention_calls_of_a_gate_after_one_step(family):
+    """Guidance that a pipeline keeps to itself is known one step late."""
+    gate_step = 1
     subject = tiny(family)
     cross_layers, self_layers = num_layers(family)
     steps = subject.num_steps()

@@ -1,5 +1,6 @@
 """`generate`: a picture for each prompt, resumed, and the same from two processes as from one."""
 
+import os
 import subprocess
 import sys
 
@@ -86,10 +87,13 @@ def test_with_the_stock_picture_beside_it(folder, tmp_path):
 
 
 def test_two_processes_make_the_pictures_of_one(folder, prompts, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
-    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # `--multi_gpu` starts one process a device, here on the CPU; accelerate's own way to several on it is MPI
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     arguments = ["generate", "--prompts", str(prompts), "--out", str(tmp_path), *SETTINGS]
-    done = subprocess.run([*launch, "-m", "tgate_processors", *arguments], capture_output=True, text=True, check=False)
+    command = [*launch, "-m", "tgate_processors", *arguments]
+    no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=no_gpu)
     assert done.returncode == 0, done.stderr
     assert "process 1 of 2: 2 pictures" in done.stdout
     assert "process 2 of 2: 1 pictures" in done.stdout

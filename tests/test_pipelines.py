@@ -3,6 +3,8 @@
 from collections import Counter
 from functools import cache
 
+import diffusers
+import pipelines_page
 import pytest
 import torch
 import zoo_motion
@@ -11,9 +13,9 @@ from seen import Seen
 from tiny import fingerprint, left_behind
 from zoo import ENTRIES, STEPS, class_of, seeded
 
-from tgate_processors import TGateConfig, apply_tgate
+from tgate_processors import TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors.installation import is_gated
-from tgate_processors.pipelines import FAMILIES, Guidance, denoisers_of, side_networks_of, takes_callback
+from tgate_processors.pipelines import FAMILIES, REFUSED, Guidance, denoisers_of, side_networks_of, takes_callback
 
 
 GATE = 2
@@ -115,3 +117,17 @@ def test_the_second_of_two_denoisers_closes_in_its_own_first_step():
     assert first.computed["cross"] == 2 * GATE * len(first.cross)
     assert second.computed["cross"] == 2 * len(second.cross)
     assert tgate.summary().batches == (1,) * 7
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_loop_that_cannot_be_gated_is_refused(name):
+    """By its class alone: these are not run."""
+    cls = getattr(diffusers, name)
+    pipe = cls.__new__(cls)
+    with pytest.raises(UnsupportedPipelineError, match=f"got {name}: it|got {name}: its"):
+        apply_tgate(pipe, TGateConfig(gate_step=GATE))
+
+
+def test_the_page_is_what_the_tests_know():
+    """Written again by `python tests/pipelines_page.py`; building it refuses every denoiser that it lists."""
+    assert pipelines_page.PAGE.read_text() == pipelines_page.page()

@@ -142,12 +142,20 @@ def compile_in_place(pipe):
     pipe.unet.compile(backend="eager", fullgraph=True)
 
 
-GRAPHS = [(CONFIG, 3), (TGateConfig(gate_step=5, sp_interval=3, warm_up=1), 5)]
+CROSS_ATTENTION_ONLY = (CONFIG, 3)  # planning, closing, fidelity
+SELF_ATTENTION_TOO = (TGateConfig(gate_step=5, sp_interval=3, warm_up=1), 5)  # and its storing and reusing
 
 
-@pytest.mark.parametrize("compiles", [compile_around, compile_in_place])
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(("config", "graphs"), GRAPHS)
+@pytest.mark.parametrize(
+    ("compiles", "when", "config", "graphs"),
+    [
+        (compile_around, "before", *CROSS_ATTENTION_ONLY),
+        (compile_around, "after", *CROSS_ATTENTION_ONLY),
+        (compile_in_place, "before", *CROSS_ATTENTION_ONLY),
+        (compile_in_place, "after", *CROSS_ATTENTION_ONLY),
+        (compile_around, "before", *SELF_ATTENTION_TOO),
+    ],
+)
 def test_compiled_graphs(compiles, when, config, graphs):
     torch._dynamo.reset()
     pipe, kwargs = tiny()

@@ -6,6 +6,7 @@ after it; afterwards the network and its pictures are as before.
 
 import diffusers
 import pytest
+import tomesd
 import torch
 import zoo_motion  # noqa: F401
 import zoo_transformers  # noqa: F401
@@ -16,7 +17,8 @@ from seen import Seen
 from tiny import fingerprint, left_behind
 from zoo import ENTRIES, STEPS, of_pictures, seeded
 
-from tgate_processors import StateError, TGateConfig, apply_tgate
+from tgate_processors import StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
+from tgate_processors.demo import load_demo_pipeline
 from tgate_processors.processors import GatedProcessor, cross_attention_layers
 
 
@@ -375,6 +377,98 @@ def test_freeu(when):
         assert torch.equal(pipe(**kwargs, callback_on_step_end=tgate)[0], plain)
     pipe.enable_freeu(**settings)
     assert torch.equal(gated(pipe, kwargs), latents)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_token_merging(when):
+    """tomesd gives blocks another class and merges tokens around their self-attention."""
+    pipe, kwargs = tiny()
+    kwargs |= {"height": 32, "width": 32, "latents": of_pictures([0], 4, 16, 16)}
+    plain = gated(pipe, kwargs)
+    merging = {"ratio": 0.5, "sx": 2, "sy": 2, "use_rand": False}
+    if when == "before":
+        tomesd.apply_patch(pipe, **merging)
+        merged = holds(pipe, kwargs)
+    else:
+        with apply_tgate(pipe, CONFIG) as tgate:
+            pipe(**kwargs, callback_on_step_end=tgate)
+            tomesd.apply_patch(pipe, **merging)
+            merged = pipe(**kwargs, callback_on_step_end=tgate)[0]
+            tgate.summary()
+    assert not torch.allclose(merged, plain, atol=1e-3)
+    tomesd.remove_patch(pipe)
+    assert torch.equal(gated(pipe, kwargs), plain)
+
+
+def test_token_merging_around_cross_attention_is_refused():
+    """Which tokens are merged changes from step to step, so what is stored fits no later step."""
+    pipe, kwargs = tiny()
+    tomesd.apply_patch(pipe, ratio=0.5, merge_crossattn=True)
+    with pytest.raises(UnsupportedPipelineError, match="`merge_crossattn` must be False beside T-GATE"):
+        apply_tgate(pipe, CONFIG)
+    tomesd.remove_patch(pipe)
+    with apply_tgate(pipe, CONFIG) as tgate:
+        tomesd.apply_patch(pipe, ratio=0.5, merge_crossattn=True)
+        with pytest.raises(UnsupportedPipelineError, match="`merge_crossattn` must be False beside T-GATE"):
+            pipe(**kwargs, callback_on_step_end=tgate)
+
+
+def test_textual_inversion():
+    """A new word is of the text encoder alone."""
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
+    word = torch.randn(pipe.text_encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    pipe.load_textual_inversion({"thing": word}, token="thing")
+
+    def call(prompt):
+        return kwargs | {"prompt": prompt, "generator": torch.Generator().manual_seed(0)}
+
+    stock = pipe(**call("a red thing"))[0]
+    assert not torch.equal(pipe(**call("a red circle"))[0], stock)
+    assert torch.equal(gated(pipe, call("a red thing"), NEVER), stock)
+    assert not torch.equal(gated(pipe, call("a red thing")), gated(pipe, call("a red circle")))
+
+
+def test_gligen_boxes_matter_after_the_gate():
+    """GLIGEN's attention to its boxes is self-attention beside them, and goes on; its arguments are folded."""
+    name = "StableDiffusionGLIGENPipeline"
+    pipe, kwargs = tiny(name)
+    given = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["cross_attention_kwargs"]["gligen"]["boxes"].shape[0]),
+        with_kwargs=True,
+    )
+    with apply_tgate(pipe, CONFIG):
+        latents = pipe(**kwargs)[0]
+    hook.remove()
+    assert given == [2] * GATE + [1] * (STEPS - GATE)
+    moved = tiny(name)[1] | {"gligen_boxes": [[0.0, 0.0, 0.2, 0.2]] * len(kwargs["gligen_boxes"])}
+    with apply_tgate(pipe, CONFIG):
+        assert not torch.allclose(pipe(**moved)[0], latents, atol=1e-4)
+
+
+def test_attention_maps_that_are_read_in_every_step_are_refused():
+    """LEDITS++ makes masks of cross-attention, unless it is told not to."""
+    pipe, kwargs = tiny("LEditsPPPipelineStableDiffusion")
+    kwargs |= {"use_cross_attn_mask": True}
+    tgate = apply_tgate(pipe, CONFIG)
+    message = "Pass `use_cross_attn_mask=False, use_intersect_mask=False` to the pipeline"
+    with pytest.raises(UnsupportedPipelineError, match=message):
+        pipe(**kwargs, callback_on_step_end=tgate)
+    with pytest.warns(UserWarning, match="were replaced while the pipeline was gated"):
+        tgate.remove()
+
+
+def test_a_part_of_an_inverted_run():
+    """LEDITS++ may skip the first of its timesteps, and never sets them anew."""
+    pipe, kwargs = tiny("LEditsPPPipelineStableDiffusion")
+    seen = Seen(pipe.unet)
+    with apply_tgate(pipe, TGateConfig(gate_step=1)) as tgate:
+        for _ in range(2):
+            pipe(**kwargs, callback_on_step_end=tgate)
+            assert len(tgate.summary().schedule) == len(pipe.inversion_steps)
+    assert seen.computed["cross"] == 2 * len(seen.cross)
 
 
 # The loop

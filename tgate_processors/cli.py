@@ -5,8 +5,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tgate_processors import ConfigError, TGateConfig, TGateError
+
+
+if TYPE_CHECKING:
+    from tgate_processors.architectures import Architecture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_cost(commands)
+    _add_bench(commands)
     return top
 
 
@@ -105,13 +111,65 @@ def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     cost.set_defaults(run=run_cost)
 
 
-def run_cost(options: argparse.Namespace) -> None:
-    """Count an architecture, a pipeline on disk, or the published table."""
-    from tgate_processors import architectures, run_cost
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time the gated pipeline beside stock, the least possible, and its peers",
+        description="Times an architecture with random weights, on which speed does not depend. The contestants run "
+        "turn about; one that fails is reported with its error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = bench.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="sd-1.5, sd-2.1, sdxl, lcm-sdxl, pixart-alpha, lcm-pixart or pixart-sigma")
+    what.add_argument(
+        "--pipeline", type=Path, help="folder of a saved pipeline; its configs are read, not its weights"
+    )
+    bench.add_argument("--reduce", type=int, default=1, help="divide the width of its layers")
+    bench.add_argument("--height", type=int, help="pixels; the model's own where none is given")
+    bench.add_argument("--width", type=int, help="pixels; the model's own where none is given")
+    bench.add_argument("--batch", type=int, default=1, help="pictures at once")
+    bench.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
+    bench.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
+    bench.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
+    bench.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
+    bench.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
+    bench.add_argument("--rounds", type=int, default=5, help="how often each is timed, in turn")
+    bench.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants, by parts of their names")
+    bench.add_argument("--compile", action="store_true", help="compile each denoiser")
+    bench.add_argument("--device", help="such as cuda or cpu; the first accelerator where none is given")
+    bench.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of weights and latents")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the speed-ups")
+    bench.set_defaults(run=run_bench)
 
-    if options.table:
-        _print_table(options.json)
-        return
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Time an architecture, or a pipeline on disk."""
+    import torch
+
+    from tgate_processors.bench import bench, plot
+    from tgate_processors.rig import Rig, reduced
+
+    config, known = _run_of(options)
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    rig = Rig(
+        name=options.model or str(options.pipeline),
+        known=reduced(known, options.reduce),
+        config=config,
+        batch=options.batch,
+        device=options.device or accelerator,
+        dtype=getattr(torch, options.dtype),
+    )
+    report = bench(rig, rounds=options.rounds, compiles=options.compile, only=options.only)
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report)
+    if options.plot:
+        plot(report, options.plot)
+
+
+def _run_of(options: argparse.Namespace) -> "tuple[TGateConfig, Architecture]":
+    """The gate and the architecture that the options of `cost` and `bench` name."""
+    from tgate_processors import architectures
+
     config = TGateConfig(
         gate_step=options.gate_step,
         sp_interval=options.sp_interval,
@@ -122,7 +180,17 @@ def run_cost(options: argparse.Namespace) -> None:
         known = architectures.pipeline_on_disk(options.pipeline)
     else:
         known = architectures.architecture(options.model)
-    known = architectures.resized(known, steps=options.steps, height=options.height, width=options.width)
+    return config, architectures.resized(known, steps=options.steps, height=options.height, width=options.width)
+
+
+def run_cost(options: argparse.Namespace) -> None:
+    """Count an architecture, a pipeline on disk, or the published table."""
+    from tgate_processors import run_cost
+
+    if options.table:
+        _print_table(options.json)
+        return
+    config, known = _run_of(options)
     cost = run_cost.run_cost(known, config, cache_interval=options.cache_interval)
     print(json.dumps(cost.as_dict(), indent=2) if options.json else cost)
 

@@ -1,7 +1,7 @@
 """What evaluations of a denoiser cost, counted by running its architecture on the meta device, without weights."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -71,7 +71,12 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def meta_copy(network: Any) -> Any:
-    """A network as it is now, adapters and replaced processors too, on the meta device in single precision.
+    """A network as it is now, adapters and replaced processors too, on the meta device in single precision."""
+    return structural_copy(network, _to_meta)
+
+
+def structural_copy(network: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A network of the same modules with `change` applied to every tensor.
 
     What compiles, offloads or hooks its forwards is left behind.
     """
@@ -81,11 +86,12 @@ def meta_copy(network: Any) -> Any:
         if name.endswith("_hooks"):
             vars(copy)[name] = OrderedDict()
         elif name not in ("forward", "_compiled_call_impl"):
-            vars(copy)[name] = _to_meta(value) if isinstance(value, torch.Tensor) else value
+            vars(copy)[name] = change(value) if isinstance(value, torch.Tensor) else value
     for kind in ("_parameters", "_buffers"):
         tensors = getattr(network, kind)
-        setattr(copy, kind, {name: None if t is None else _to_meta(t) for name, t in tensors.items()})
-    copy._modules = {name: None if child is None else meta_copy(child) for name, child in network._modules.items()}
+        setattr(copy, kind, {name: None if t is None else change(t) for name, t in tensors.items()})
+    children = network._modules.items()
+    copy._modules = {name: None if child is None else structural_copy(child, change) for name, child in children}
     return copy
 
 
@@ -147,7 +153,7 @@ def _for_deepcache(inputs: Inputs, helper: Any, shallow: bool) -> Inputs:
 
 
 def _count(model: torch.nn.Module, inputs: Inputs) -> Cost:
-    args, kwargs = on_meta(inputs)  # HunyuanDiT empties the list of its controls
+    args, kwargs = map_tensors(lambda tensor: tensor, inputs)  # HunyuanDiT empties the list of its controls
     calls: Counter[str] = Counter()
     cross = cross_attention_layers(model)
     hooks = [

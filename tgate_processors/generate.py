@@ -112,7 +112,7 @@ def share_of_this_process() -> tuple[Share, torch.device]:
                 "Run `pip install 'tgate-processors[accelerate]'`."
             ) from error
         return Share(0, 1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     return Share(state.process_index, state.num_processes), state.device
 
 

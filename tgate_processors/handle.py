@@ -50,6 +50,7 @@ def apply_tgate(
     """
     if not isinstance(config, TGateConfig):
         raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
+    pipelines.check_is_not_refused(pipe)
     for denoiser in pipelines.denoisers_of(pipe):
         check_can_be_gated(denoiser)
         _check_is_free(denoiser, pipe)

@@ -24,7 +24,7 @@ class Guidance(Enum):
     HALVES_POSITIVE_FIRST = "one batch `[positive, negative]`: one half is dropped"
     CALLS = "a call for each branch: the calls after the first are left out"
     PARTS = "one batch of three parts or more: kept, cross-attention alone is reused"
-    NONE = "none: cross-attention alone is reused"
+    NONE = "there is none: cross-attention alone is reused"
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,44 @@ FAMILIES = {
         "SanaSprintPipeline",
     ),
 }
+
+
+# Pipelines with cross-attention whose loop has no step at which it could be reused.
+REFUSED = {
+    **dict.fromkeys(
+        ("StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline"),
+        "it differentiates its cross-attention maps in every step",
+    ),
+    "StableDiffusionPanoramaPipeline": "it evaluates the denoiser for each view of a step, one after the other",
+    "StableDiffusionParadigmsPipeline": "it denoises many steps in one batch",
+    "StableDiffusionSAGPipeline": "it evaluates the denoiser again on a blurred picture in every step",
+    **dict.fromkeys(
+        (
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ),
+        "its frames are at different steps of denoising",
+    ),
+    **dict.fromkeys(
+        ("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline"),
+        "it runs parts of the loop several times, with different numbers of frames",
+    ),
+}
+
+
+def check_is_not_refused(pipe: Any) -> None:
+    """Whether the pipeline's loop can be gated.
+
+    Raises:
+        UnsupportedPipelineError: It is one of `REFUSED`.
+    """
+    for name in _class_names(pipe):
+        if name in REFUSED:
+            raise UnsupportedPipelineError(
+                f"`pipe` must be a pipeline that evaluates its denoiser once for each step, got {name}: "
+                f"{REFUSED[name]}. Run it without T-GATE."
+            )
 
 
 def family_of(pipe: Any) -> Family:

@@ -219,11 +219,17 @@ def is_joint(layer: torch.nn.Module) -> bool:
 
 
 def check_can_be_gated(denoiser: torch.nn.Module) -> None:
-    """Whether there is a layer to gate.
+    """Whether there is a layer to gate, and its output fits a later step.
 
     Raises:
-        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or merges its tokens.
     """
+    merging: list[Any] = [block for block in denoiser.modules() if type(block).__name__ == "ToMeBlock"]
+    if any(block._tome_info["args"]["merge_crossattn"] for block in merging):
+        raise UnsupportedPipelineError(
+            "`merge_crossattn` must be False beside T-GATE, got tokens merged by tomesd around cross-attention: which "
+            "are merged changes from step to step. Call `tomesd.apply_patch(pipe, merge_crossattn=False)`."
+        )
     if cross_attention_layers(denoiser):
         return
     layers = attention_layers(denoiser)
@@ -232,7 +238,7 @@ def check_can_be_gated(denoiser: torch.nn.Module) -> None:
     elif any(getattr(layer, "added_kv_proj_dim", None) is not None for layer in layers.values()):
         reason = "its text joins self-attention (joint or added-KV attention), so no cross-attention has an output"
     else:
-        reason = f"none of its {len(layers)} attention layers is known to attend to the prompt alone"
+        reason = "none of its attention layers is known to attend to the prompt alone"
     raise UnsupportedPipelineError(
         f"`denoiser` must have cross-attention layers to gate, got {type(denoiser).__name__}: {reason}. "
         "Pass a denoiser with separate cross-attention, such as `UNet2DConditionModel` or `PixArtTransformer2DModel`."

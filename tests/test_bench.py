@@ -1,0 +1,163 @@
+"""The benchmark: every contestant in turn, ratios of what belongs together, and who fails says so."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tgate_processors import ConfigError, TGateConfig, contestants
+from tgate_processors.architectures import Architecture, architecture, resized
+from tgate_processors.bench import _Laps, _paired, _phases, bench
+from tgate_processors.cli import main
+from tgate_processors.contestants import Contestant
+from tgate_processors.rig import Rig, reduced
+
+
+SMALL = {"block_out_channels": [32, 32], "attention_head_dim": 4, "cross_attention_dim": 16, "layers_per_block": 1}
+UNET = SMALL | {
+    "sample_size": 8,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+XL = UNET | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 8,
+}
+PIXART = {
+    "sample_size": 8,
+    "num_layers": 2,
+    "caption_channels": 12,
+    "cross_attention_dim": 16,
+    "num_attention_heads": 4,
+    "attention_head_dim": 4,
+    "out_channels": 8,
+}
+TINY = {
+    "sd": Architecture("UNet2DConditionModel", UNET, 64, 64, tokens=7, steps=4),
+    "sdxl": Architecture("UNet2DConditionModel", XL, 64, 64, tokens=7, steps=4),
+    "pixart": Architecture("PixArtTransformer2DModel", PIXART, 64, 64, tokens=7, steps=4),
+}
+FAIL = {"PyramidAttentionBroadcast", "tgate 1.0.0"}  # diffusers' caches know none of these; the package is not there
+NO_UNET = {"DeepCache, interval 3", "tgate_processors and DeepCache"}
+
+
+def rig(name, **changes):
+    return Rig(name=name, known=TINY[name], config=TGateConfig(gate_step=2), **changes)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_contestant_is_in_the_report(name):
+    report = bench(rig(name), rounds=2)
+    failed = {row.name for row in report.rows if row.error}
+    assert failed - {"tgate 1.0.0"} == ({"PyramidAttentionBroadcast"} | (NO_UNET if name == "pixart" else set()))
+    for row in report.rows:
+        assert row.name in str(report)
+        if row.error is None:
+            assert row.run > 0
+            assert row.speed_up.least <= row.speed_up.median <= row.speed_up.most
+    stock = report.rows[0]
+    assert (stock.name, stock.speed_up.median) == ("stock", 1.0)
+    assert json.loads(json.dumps(report.as_dict()))["settings"]["gate step"] == 2
+    assert report.mac_speed_up > 1
+
+
+def test_the_limit_and_the_gate_do_the_same_work():
+    """The surgical limit's fidelity step computes what the gated one does: half a batch, no cross-attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(prepare):
+        run = prepare(rig("sd"), False)
+        counter, marks = FlopCounterMode(display=False), []
+        with counter:
+            run(lambda: marks.append(counter.get_total_flops()))
+        return [after - before for before, after in zip([0, *marks], marks, strict=False)]
+
+    assert flops(contestants.gated) == flops(contestants.surgical_limit)
+    dropped, stock = flops(contestants.dropping_guidance), flops(contestants.stock)
+    assert dropped[:2] == stock[:2]
+    assert dropped[2] * 2 == stock[2]
+    assert dropped[2] > flops(contestants.gated)[2]
+
+
+def test_contestants_share_weights_and_nothing_else():
+    one = rig("sd")
+    first, second = one.pipeline(), one.pipeline()
+    assert first.unet.conv_in.weight is second.unet.conv_in.weight
+    assert first.unet.conv_in is not second.unet.conv_in
+    contestants.gated(one, False)
+    kwargs = one.call()
+    assert torch.equal(first(**kwargs).images, second(**kwargs).images)
+
+
+def test_a_contestant_that_fails_is_reported(monkeypatch):
+    def fails(rig, compiles):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr("tgate_processors.bench.contestants", lambda rig, steps: [one, Contestant("broken", fails)])
+    one = Contestant("stock", contestants.stock)
+    report = bench(rig("sd"), rounds=1)
+    assert report.rows[1].error == "RuntimeError: no kernel"
+    assert "broken: RuntimeError: no kernel" in str(report)
+
+
+def test_ratios_are_of_the_same_round():
+    assert _paired([2, 4, 9], [1, 2, 3]).median == 2
+    assert _paired([2, 4, 9], [1, 2, 3]).most == 3
+
+
+def test_phases_leave_out_the_calls_beginning():
+    laps = _Laps(Contestant("x", contestants.stock), steps=[[50.0, 2.0, 1.0, 1.5]])
+    assert _phases(laps, rig("sd")) == ([2.0], [1.25])
+
+
+def test_compiled(monkeypatch):
+    report = bench(rig("sd"), rounds=1, compiles=True, only=["tgate_processors"])
+    assert report.rows[1].error is None
+
+
+def test_reducing():
+    assert reduced(architecture("sd-1.5"), 2).config["block_out_channels"] == [160, 320, 640, 640]
+    pixart = reduced(architecture("pixart-alpha"), 2).config
+    assert (pixart["num_attention_heads"], pixart["cross_attention_dim"]) == (8, 576)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: reduced(architecture("sd-1.5"), 3), "`reduce` must leave the 320 channels"),
+        (lambda: reduced(architecture("pixart-alpha"), 5), "`reduce` must divide the 16 heads"),
+        (lambda: reduced(architecture("sd-1.5"), 0), "`reduce` must be a whole number of at least 1"),
+        (lambda: bench(rig("sd"), rounds=0), "`rounds` must be a whole number of at least 1"),
+        (lambda: bench(rig("sd"), only=["nobody"]), "`only` must name contestants, got 'nobody'. They are: stock,"),
+        (lambda: rig("sd", batch=0), "`batch` must be a whole number of at least 1"),
+        (
+            lambda: Rig("sd", resized(TINY["sd"], steps=2, height=None, width=None), TGateConfig(gate_step=2)),
+            "`gate_step` must be below the number of steps to time both phases, got 2 of 2",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_an_unknown_architecture_lists_the_known_ones(capsys):
+    assert main(["bench", "--model", "sd-9"]) == 2
+    assert "`model` must be one of sd-1.5, sd-2.1, sdxl" in capsys.readouterr().err
+
+
+def test_the_command(tmp_path, capsys):
+    """A pipeline on disk, its configs alone; a picture."""
+    from tgate_processors.demo.model import WEIGHTS
+
+    picture = tmp_path / "bench.png"
+    arguments = ["--pipeline", str(WEIGHTS), "--steps", "3", "--gate-step", "1", "--rounds", "1", "--json"]
+    only = ["--only", "tgate_processors", "surgical"]
+    assert main(["bench", *arguments, *only, "--plot", str(picture)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = ["stock", "tgate_processors", "surgical limit", "tgate_processors and DeepCache"]
+    assert [row["name"] for row in report["rows"]] == names
+    with Image.open(picture) as image:
+        assert image.width > 1000

@@ -1,0 +1,319 @@
+"""Timing the contestants in one run, turn about, and reporting ratios: machines are noisy."""
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tgate_processors.contestants import Contestant, Mark, Run, contestants
+from tgate_processors.errors import ConfigError, MissingPackageError
+from tgate_processors.rig import Rig
+from tgate_processors.run_cost import run_cost
+from tgate_processors.schedule import format_table, require_whole
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Paired measurements: their median, and their range."""
+
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.least:.3f} to {self.most:.3f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a contestant. Times are seconds, medians over the rounds.
+
+    Args:
+        name: Of the contestant.
+        error: Why there is no measurement; None where there is one.
+        run: A whole run.
+        planning_step, fidelity_step: A step before the gate, and one after it.
+        speed_up: The stock pipeline's run over this one, round by round.
+        planning_to_stock: A planning step over the stock pipeline's, round by round.
+        fidelity_to_limit: A fidelity step over the surgical limit's, round by round.
+        of_arithmetic: Speed-up over the speed-up in multiply-accumulates, attention's products counted; None where
+            that is not known.
+        peak_bytes: Memory on the device above what was there before the run; None on a CPU.
+    """
+
+    name: str
+    error: str | None = None
+    run: float | None = None
+    planning_step: float | None = None
+    fidelity_step: float | None = None
+    speed_up: Spread | None = None
+    planning_to_stock: Spread | None = None
+    fidelity_to_limit: Spread | None = None
+    of_arithmetic: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and what they were measured on."""
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    mac_speed_up: float
+    cache_bytes: int
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        heading = ("contestant", "run, s", "speed-up", "planning step, s", "to stock", "fidelity step, s", "to limit")
+        lines = [heading, *map(_cells, self.rows)]
+        pairs = [", ".join(f"{key} {value}" for key, value in part.items()) for part in (self.settings, self.machine)]
+        of_arithmetic = [f"{row.name} {row.of_arithmetic:.3f}" for row in self.rows if row.of_arithmetic]
+        peaks = [f"{row.name} {row.peak_bytes / 2**20:.0f} MiB" for row in self.rows if row.peak_bytes is not None]
+        failures = [f"{row.name}: {row.error}" for row in self.rows if row.error]
+        return "\n".join(
+            [
+                *pairs,
+                "",
+                format_table(lines),
+                "",
+                f"speed-up of the gated run's arithmetic, attention's products counted: {self.mac_speed_up:.3f}",
+                f"speed-up over it: {', '.join(of_arithmetic)}",
+                f"stored outputs of the gated run: {self.cache_bytes / 2**20:.1f} MiB",
+                *([f"memory of a run at its peak: {', '.join(peaks)}"] if peaks else []),
+                *failures,
+            ]
+        )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.error is not None:
+        return (row.name, "failed", "", "", "", "", "")
+    values = (
+        f"{row.run:.3f}",
+        row.speed_up,
+        "" if row.planning_step is None else f"{row.planning_step:.4f}",
+        row.planning_to_stock,
+        "" if row.fidelity_step is None else f"{row.fidelity_step:.4f}",
+        row.fidelity_to_limit,
+    )
+    return (row.name, *("" if value is None else str(value) for value in values))
+
+
+@dataclass
+class _Laps:
+    """Of one contestant: for each round its steps' seconds, and its whole run's."""
+
+    contestant: Contestant
+    run: Run | None = None
+    error: str | None = None
+    steps: list[list[float]] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+class _Clock:
+    """Marks in time; on a GPU they are events, read after the run."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device.startswith("cuda"):
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        """Seconds between the marks."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+            return [first.elapsed_time(second) / 1000 for first, second in pairs]
+        return [second - first for first, second in pairs]
+
+
+def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[str] = ()) -> Report:
+    """Time every contestant `rounds` times, turn about, after one run that is not timed; with a progress bar.
+
+    Args:
+        rig: What is run.
+        rounds: How often.
+        compiles: Whether each denoiser is compiled.
+        only: Parts of the names of the contestants to keep; none: all. The stock pipeline is always there.
+
+    Raises:
+        ConfigError: `only` names no contestant, or `rounds` is less than 1.
+    """
+    require_whole("rounds", rounds, least=1)
+    cost = run_cost(rig.known, rig.config)
+    mac_speed_up = cost.stock_macs / cost.gated_macs
+    known = contestants(rig, max(1, round(rig.known.steps / mac_speed_up)))
+    for name in only:
+        if not any(name in contestant.name for contestant in known):
+            names = ", ".join(contestant.name for contestant in known)
+            raise ConfigError(f"`only` must name contestants, got {name!r}. They are: {names}.")
+    chosen = [c for c in known if c.name == "stock" or not only or any(name in c.name for name in only)]
+    all_laps = [_Laps(contestant) for contestant in chosen]
+    with tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False) as bar:
+        for turn in range(rounds + 1):
+            for laps in all_laps:
+                bar.set_postfix_str(laps.contestant.name)
+                _take_turn(laps, rig, compiles, timed=turn > 0)
+                bar.update()
+    rows = [_row(laps, all_laps, rig, mac_speed_up) for laps in all_laps]
+    settings = {
+        "model": rig.name,
+        "denoiser": f"{rig.known.denoiser} of {cost.parameters / 1e6:.0f} M parameters",
+        "pixels": f"{rig.known.height} x {rig.known.width}",
+        "batch": rig.batch,
+        "steps": rig.known.steps,
+        "gate step": rig.config.gate_step,
+        "dtype": str(rig.dtype).removeprefix("torch."),
+        "compiled": compiles,
+        "rounds": rounds,
+    }
+    return Report(settings, machine(rig.device), mac_speed_up, cost.cache_bytes * rig.batch, tuple(rows))
+
+
+def _take_turn(laps: _Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
+    """One run of a contestant; one that fails is out, and says why."""
+    if laps.error is not None:
+        return
+    try:
+        if laps.run is None:
+            laps.run = laps.contestant.prepare(rig, compiles)
+        clock = _Clock(rig.device)
+        before = _allocated(rig.device)
+        clock.mark()
+        laps.run(clock.mark)
+        clock.mark()
+        seconds = clock.laps()
+    except MissingPackageError as error:
+        laps.error = str(error)
+    except Exception as error:  # a peer may fail in any way, and the others go on
+        laps.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    else:
+        if timed:
+            laps.steps.append(seconds[:-1])
+            laps.whole.append(sum(seconds))
+            laps.peak_bytes = max(laps.peak_bytes, _peak(rig.device) - before)
+
+
+def _allocated(device: str) -> int:
+    if not device.startswith("cuda"):
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) -> Row:
+    name = laps.contestant.name
+    if laps.error is not None:
+        return Row(name, laps.error)
+    by_name = {other.contestant.name: other for other in all_laps if other.error is None}
+    stock, limit = by_name["stock"], by_name.get("surgical limit")
+    speed_up = _paired(stock.whole, laps.whole)
+    row = Row(
+        name,
+        run=statistics.median(laps.whole),
+        speed_up=speed_up,
+        of_arithmetic=speed_up.median / mac_speed_up if name in ("tgate_processors", "surgical limit") else None,
+        peak_bytes=laps.peak_bytes if rig.device.startswith("cuda") else None,
+    )
+    if laps.contestant.steps is not None:
+        return row
+    planning, fidelity = _phases(laps, rig)
+    return replace(
+        row,
+        planning_step=statistics.median(planning),
+        fidelity_step=statistics.median(fidelity),
+        planning_to_stock=_paired(planning, _phases(stock, rig)[0]),
+        fidelity_to_limit=None if limit is None else _paired(fidelity, _phases(limit, rig)[1]),
+    )
+
+
+def _phases(laps: _Laps, rig: Rig) -> tuple[list[float], list[float]]:
+    """A step before the gate and one after it in each round, medians; the first step has the call's beginning in it."""
+    gate = rig.config.gate_step
+    planning = [statistics.median(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
+    fidelity = [statistics.median(steps[gate:]) for steps in laps.steps]
+    return planning, fidelity
+
+
+def _paired(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    ratios = sorted(one / other for one, other in zip(numerators, denominators, strict=True))
+    return Spread(statistics.median(ratios), ratios[0], ratios[-1])
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What it runs on, and the versions of what runs."""
+    if device.startswith("cuda"):
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers")}
+    return {"on": processor, **versions, "python": platform.python_version()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def plot(report: Report, path: Path) -> None:
+    """Speed-ups with their spread, beside that of the arithmetic, as a picture that stands alone.
+
+    Raises:
+        MissingPackageError: `matplotlib` is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            "`matplotlib` must be installed to plot. Run `pip install 'tgate-processors[plot]'`."
+        ) from error
+    rows = [row for row in report.rows if row.speed_up is not None][::-1]
+    figure = Figure(figsize=(9, 1.8 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    medians = [row.speed_up.median for row in rows if row.speed_up]
+    below = [row.speed_up.median - row.speed_up.least for row in rows if row.speed_up]
+    above = [row.speed_up.most - row.speed_up.median for row in rows if row.speed_up]
+    colours = ["#2f6fb0" if row.name == "tgate_processors" else "#b9c2cc" for row in rows]
+    axes.barh([row.name for row in rows], medians, xerr=[below, above], color=colours, ecolor="#333333", capsize=3)
+    axes.axvline(report.mac_speed_up, color="#c0392b", linestyle="--", label="arithmetic of the gated run")
+    for place, median in enumerate(medians):
+        axes.text(0.02, place, f"{median:.2f}x", va="center", color="#111111")
+    axes.set_xlabel("speed-up over the stock pipeline: median and range of the rounds")
+    wanted = ("model", "denoiser", "pixels", "batch", "steps", "gate step", "dtype", "compiled")
+    axes.set_title(
+        ", ".join(f"{key} {report.settings[key]}" for key in wanted[:4])
+        + "\n"
+        + ", ".join(f"{key} {report.settings[key]}" for key in wanted[4:])
+        + f"; {report.machine['on']}",
+        fontsize=9,
+        loc="left",
+    )
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+__all__ = ["Mark", "Report", "Row", "Spread", "bench", "machine", "plot"]

@@ -1,0 +1,137 @@
+"""A pipeline to be timed: a known architecture at full or reduced size with random weights, or one from disk.
+
+Speed does not depend on the values of weights and prompts.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import torch
+
+from tgate_processors.architectures import Architecture
+from tgate_processors.cost import structural_copy
+from tgate_processors.errors import ConfigError
+from tgate_processors.schedule import TGateConfig, require_whole
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What is run, and where.
+
+    Args:
+        name: Of the architecture.
+        known: The architecture; its steps and pixels are the run's.
+        config: The gate's settings.
+        batch: Pictures at once.
+        device: Such as `cpu` or `cuda`.
+        dtype: Of weights and latents.
+    """
+
+    name: str
+    known: Architecture
+    config: TGateConfig
+    batch: int = 1
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        require_whole("batch", self.batch, least=1)
+        if not self.known.guidance:
+            return
+        if self.config.gate_step >= self.known.steps:
+            raise ConfigError(
+                f"`gate_step` must be below the number of steps to time both phases, got {self.config.gate_step} of "
+                f"{self.known.steps}. Pass a smaller one."
+            )
+
+    @cached_property
+    def denoiser(self) -> Any:
+        """The stock denoiser on its device."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = getattr(diffusers, self.known.denoiser).from_config(dict(self.known.config))
+        return model.to(self.dtype).eval().requires_grad_(False)
+
+    def pipeline(self) -> Any:
+        """A pipeline of its own around a denoiser that shares the rig's weights and nothing else."""
+        denoiser = structural_copy(self.denoiser, lambda tensor: tensor)
+        parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
+        settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+        if self._is_pixart:
+            scheduler: Any = diffusers.DPMSolverMultistepScheduler()
+            parts |= {"transformer": denoiser, "scheduler": scheduler}
+            pipe = diffusers.PixArtAlphaPipeline(**parts)
+        elif self._is_sdxl:
+            scheduler = diffusers.EulerDiscreteScheduler(**settings)
+            parts |= {"unet": denoiser, "scheduler": scheduler, "text_encoder_2": None, "tokenizer_2": None}
+            pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        else:
+            scheduler = diffusers.DDIMScheduler(**settings, clip_sample=False)
+            parts |= {"unet": denoiser, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+            pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call(self, steps: int | None = None) -> dict[str, Any]:
+        """The arguments of the pipeline's call."""
+        known, config = self.known, self.known.config
+        width = config["caption_channels" if self._is_pixart else "cross_attention_dim"]
+        size = known.height // known.scale, known.width // known.scale
+        kwargs: dict[str, Any] = {
+            "prompt_embeds": self._random(known.tokens, width),
+            "latents": self._random(self.denoiser.config.in_channels, *size),
+            "num_inference_steps": steps or known.steps,
+            "guidance_scale": 5.0 if known.guidance else 1.0,
+            "height": known.height,
+            "width": known.width,
+            "output_type": "latent",
+        }
+        if known.guidance:
+            kwargs["negative_prompt_embeds"] = self._random(known.tokens, width)
+        if self._is_sdxl:
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            kwargs["pooled_prompt_embeds"] = self._random(pooled)
+            kwargs["negative_pooled_prompt_embeds"] = self._random(pooled)
+        if self._is_pixart:
+            mask = torch.ones(self.batch, known.tokens, device=self.device, dtype=torch.int64)
+            kwargs |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+            kwargs |= {"negative_prompt": None, "use_resolution_binning": False}
+        return kwargs
+
+    @property
+    def _is_pixart(self) -> bool:
+        return self.known.denoiser == "PixArtTransformer2DModel"
+
+    @property
+    def _is_sdxl(self) -> bool:
+        return self.known.config.get("addition_embed_type") == "text_time"
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn((self.batch, *shape), device=self.device, dtype=self.dtype)
+
+
+def reduced(known: Architecture, divisor: int) -> Architecture:
+    """The same architecture with its width divided.
+
+    Raises:
+        ConfigError: `divisor` is no whole number of at least 1, or the architecture's width is no multiple of it.
+    """
+    require_whole("reduce", divisor, least=1)
+    config = dict(known.config)
+    if known.denoiser == "PixArtTransformer2DModel":
+        heads = config.get("num_attention_heads", 16)
+        if heads % divisor:
+            raise ConfigError(f"`reduce` must divide the {heads} heads, got {divisor}. Pass 2 or 4.")
+        config["num_attention_heads"] = heads // divisor
+        config["cross_attention_dim"] //= divisor
+    else:
+        channels = config.get("block_out_channels", [320, 640, 1280, 1280])
+        if channels[0] % (32 * divisor):
+            raise ConfigError(
+                f"`reduce` must leave the {channels[0]} channels of the first block a multiple of 32, got {divisor}. "
+                "Pass 2 or 5."
+            )
+        config["block_out_channels"] = [width // divisor for width in channels]
+    return replace(known, config=config)
