@@ -204,7 +204,7 @@ def _take_turn(laps: _Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
     except MissingPackageError as error:
         laps.error = str(error)
     except Exception as error:  # a peer may fail in any way, and the others go on
-        laps.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        laps.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         if timed:
             laps.steps.append(seconds[:-1])
@@ -250,7 +250,7 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
 
 
 def _phases(laps: _Laps, rig: Rig) -> tuple[list[float], list[float]]:
-    """A step before the gate and one after it in each round, medians; the first step has the call's beginning in it."""
+    """A step before the gate and one after it, medians of each round; the first step begins with the call itself."""
     gate = rig.config.gate_step
     planning = [statistics.median(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
     fidelity = [statistics.median(steps[gate:]) for steps in laps.steps]

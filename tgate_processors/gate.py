@@ -13,6 +13,7 @@ class GatedLayer(Protocol):
 
     is_cross_attention: bool
     cached: torch.Tensor | None
+    owns_cached: bool
 
 
 class Gate:
@@ -115,6 +116,16 @@ class Gate:
         for layer, cached in zip(self.layers, caches, strict=True):
             layer.cached = cached
         self.call = call
+
+    def own_caches(self) -> None:
+        """Copy what was stored since: a CUDA graph writes its next replay's outputs over those of the last.
+
+        Call it after the network, outside of what is compiled.
+        """
+        for layer in self.layers:
+            if layer.cached is not None and not layer.owns_cached:
+                layer.cached = layer.cached.clone()
+                layer.owns_cached = True
 
     def enter(self, mode: StepMode) -> None:
         """Put every layer into the mode of a step, and free what no layer reads any more."""

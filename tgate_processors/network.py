@@ -157,6 +157,7 @@ class GatedNetwork:
         self.calls_in_step += 1
         if self._answer is not None:
             return self._answer
+        self.gate.own_caches()
         shallow = self.deepcache is not None and not last_step_was_full(self.deepcache)
         self.evaluations.append(Evaluation(self.gate.mode, self._batch, shallow))
         if self._folded:

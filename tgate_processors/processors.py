@@ -27,6 +27,7 @@ class GatedProcessor:
     below: Any = None  # the processor that this one stands in for
     is_cross_attention: bool = False
     cached: torch.Tensor | None = None
+    owns_cached: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -65,16 +66,24 @@ class GatedProcessor:
         """Whether a call now returns what is stored."""
         return self.mode is AttentionMode.REUSE and self.cached is not None
 
+    @property
+    def _is_offloaded(self) -> bool:
+        return self.gate is not None and self.gate.config.offload_cache
+
     def _store(self, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor, *, mean: bool) -> None:
         if _rescales(attn):
             output = output * attn.rescale_output_factor
         if _adds_residual(attn):
             output = output - hidden_states
-        self.cached = mean_of_halves(output) if mean else output
+        output = mean_of_halves(output) if mean else output
+        self.cached = output.to("cpu") if self._is_offloaded else output
+        self.owns_cached = False
 
     def _reuse(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.cached
         assert output is not None
+        if self._is_offloaded:
+            output = output.to(hidden_states.device)
         if _adds_residual(attn):
             output = output + hidden_states
         return output / attn.rescale_output_factor if _rescales(attn) else output

@@ -80,6 +80,8 @@ class TGateConfig:
         warm_up: Steps at the start on which self-attention is always computed.
         branch: Which branch of classifier-free guidance is denoised after the gate. `None` takes the
             pipeline family's: `"negative"` as the original, `"positive"` for Stable Video Diffusion.
+        offload_cache: Keep stored outputs in the host's memory: for those at their device's limit, since each step
+            after the gate then waits for them.
 
     Raises:
         ConfigError: An argument breaks its rule.
@@ -91,6 +93,7 @@ class TGateConfig:
     fi_interval: int = 1
     warm_up: int = 0
     branch: Branch | None = None
+    offload_cache: bool = False
 
     def __post_init__(self) -> None:
         require_whole("gate_step", self.gate_step, least=1)
@@ -102,6 +105,8 @@ class TGateConfig:
                 f'`branch` must be "negative", "positive" or None, got {self.branch!r}. '
                 "Leave it out to denoise the branch that the original denoises."
             )
+        if not isinstance(self.offload_cache, bool):
+            raise ConfigError(f"`offload_cache` must be True or False, got {self.offload_cache!r}. Pass one of these.")
 
     @property
     def reuses_self_attention(self) -> bool:
