@@ -4,7 +4,7 @@ from collections import Counter
 from functools import partial
 
 from tgate_processors.guidance import sample_of
-from tgate_processors.processors import attention_layers, cross_attention_layers
+from tgate_processors.layers import attention_layers, cross_attention_layers
 
 
 class Seen:

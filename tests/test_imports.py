@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "schedule",
     "gate",
+    "layers",
     "processors",
     "installation",
     "guidance",

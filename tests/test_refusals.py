@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from refused import ADDED_KV, build_denoiser
 from tiny import Observed, fingerprint, tiny
 
 import tgate_processors
@@ -18,7 +19,7 @@ from tgate_processors import (
     apply_tgate,
     network,
 )
-from tgate_processors.processors import attention_layers
+from tgate_processors.layers import attention_layers
 
 
 CONFIG = TGateConfig(gate_step=2, sp_interval=2)
@@ -70,16 +71,7 @@ def unconditional():
 
 
 def added_kv():
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-    )
+    unet = build_denoiser(ADDED_KV)
     return diffusers.IFPipeline(
         None, None, unet, diffusers.DDPMScheduler(), None, None, None, requires_safety_checker=False
     )

@@ -39,6 +39,7 @@ class Row:
         name: Of the contestant.
         error: Why there is no measurement; None where there is one.
         run: A whole run.
+        runs: Each of them, round by round.
         planning_step, fidelity_step: A step before the gate, and one after it.
         speed_up: The stock pipeline's run over this one, round by round.
         planning_to_stock: A planning step over the stock pipeline's, round by round.
@@ -51,6 +52,7 @@ class Row:
     name: str
     error: str | None = None
     run: float | None = None
+    runs: tuple[float, ...] = ()
     planning_step: float | None = None
     fidelity_step: float | None = None
     speed_up: Spread | None = None
@@ -233,6 +235,7 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
     row = Row(
         name,
         run=statistics.median(laps.whole),
+        runs=tuple(laps.whole),
         speed_up=speed_up,
         of_arithmetic=speed_up.median / mac_speed_up if name in ("tgate_processors", "surgical limit") else None,
         peak_bytes=laps.peak_bytes if rig.device.startswith("cuda") else None,

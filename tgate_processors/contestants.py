@@ -13,8 +13,8 @@ from tgate_processors.errors import ConfigError, MissingPackageError
 from tgate_processors.guidance import Inputs, double, sample_of, take_half
 from tgate_processors.handle import apply_tgate
 from tgate_processors.interception import intercept
+from tgate_processors.layers import cross_attention_layers
 from tgate_processors.pipelines import denoisers_of, takes_callback
-from tgate_processors.processors import cross_attention_layers
 from tgate_processors.rig import Rig
 
 

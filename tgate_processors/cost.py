@@ -13,13 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tgate_processors import deepcache as dc
 from tgate_processors.gate import Gate
 from tgate_processors.guidance import Inputs, map_tensors, sample_of, take_half
-from tgate_processors.processors import (
-    GatedProcessor,
-    attention_layers,
-    cross_attention_layers,
-    gated_processors,
-    set_processors,
-)
+from tgate_processors.layers import attention_layers, cross_attention_layers, set_processors
+from tgate_processors.processors import GatedProcessor, gated_processors
 from tgate_processors.schedule import StepMode, TGateConfig
 
 

@@ -16,9 +16,9 @@ from tgate_processors.gate import Gate
 from tgate_processors.guidance import Inputs, timestep_of
 from tgate_processors.installation import is_gated
 from tgate_processors.interception import interceptors
+from tgate_processors.layers import check_can_be_gated
 from tgate_processors.network import GatedNetwork
 from tgate_processors.pipelines import Guidance
-from tgate_processors.processors import check_can_be_gated
 from tgate_processors.schedule import StepClock, TGateConfig
 from tgate_processors.summary import Summary, summarize
 

@@ -4,7 +4,8 @@ import warnings
 from typing import Any
 
 from tgate_processors.gate import Gate
-from tgate_processors.processors import GatedProcessor, attention_layers, gated_processors, set_processors, ungated
+from tgate_processors.layers import attention_layers, set_processors
+from tgate_processors.processors import GatedProcessor, gated_processors, ungated
 
 
 def is_gated(network: Any) -> bool:

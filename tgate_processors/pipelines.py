@@ -13,7 +13,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from tgate_processors.errors import UnsupportedPipelineError
-from tgate_processors.processors import cross_attention_layers
+from tgate_processors.layers import cross_attention_layers
 from tgate_processors.schedule import Branch, StepClock
 
 

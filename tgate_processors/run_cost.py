@@ -6,7 +6,7 @@ from typing import Any
 from tgate_processors import deepcache
 from tgate_processors.architectures import Architecture, architecture
 from tgate_processors.cost import Evaluation, evaluation_costs, total
-from tgate_processors.processors import cross_attention_layers
+from tgate_processors.layers import cross_attention_layers
 from tgate_processors.schedule import Phase, StepMode, TGateConfig, format_table
 
 

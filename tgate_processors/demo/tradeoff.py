@@ -20,7 +20,7 @@ from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import caption
 from tgate_processors.handle import apply_tgate
-from tgate_processors.processors import cross_attention_layers
+from tgate_processors.layers import cross_attention_layers
 from tgate_processors.schedule import TGateConfig, format_table
 
 

@@ -1,0 +1,83 @@
+"""The attention layers of a network, which of them attend to the prompt, and whether it can be gated at all."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from tgate_processors.errors import UnsupportedPipelineError
+
+
+# Where a layer does not say itself whether it is cross-attention, or says wrong: the names of those that are,
+# in diffusers 0.42.
+CROSS_ATTENTION = {
+    "Kandinsky3UNet": r"attentions\.[1-9]\d*\.attention",  # the first is self-attention, and says that it is not
+    "Kandinsky5Transformer3DModel": r"\.cross_attention",
+    "LTXVideoTransformer3DModel": r"\.attn2",
+    "WanAnimateTransformer3DModel": r"\.attn2",  # its other cross-attention is to the face of each frame
+}
+
+
+def attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The attention layers of a denoiser by the names of their processors, as `denoiser.attn_processors` has them.
+
+    Some denoisers (Allegro's, Cosmos') have layers with processors and no `attn_processors`.
+    """
+    layers = {
+        f"{name}.processor": layer for name, layer in denoiser.named_modules() if hasattr(layer, "set_processor")
+    }
+    return {name.removeprefix("_orig_mod."): layer for name, layer in layers.items()}  # torch.compile's wrapper
+
+
+def set_processors(denoiser: torch.nn.Module, processors: Mapping[str, Any]) -> None:
+    """What `denoiser.set_attn_processor(processors)` does, for denoisers without one too."""
+    for name, layer in attention_layers(denoiser).items():
+        if layer.processor is not processors[name]:
+            layer.set_processor(processors[name])  # type: ignore[operator]  # of diffusers' layers
+
+
+def cross_attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Those of `attention_layers` that attend to the prompt and to nothing else."""
+    layers = attention_layers(denoiser)
+    pattern = CROSS_ATTENTION.get(type(getattr(denoiser, "_orig_mod", denoiser)).__name__)
+    if pattern is not None:
+        return {name: layer for name, layer in layers.items() if re.search(rf"{pattern}\.processor$", name)}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if getattr(layer, "is_cross_attention", False) and not is_joint(layer)
+    }
+
+
+def is_joint(layer: torch.nn.Module) -> bool:
+    """Whether self- and cross-attention are one operation in a layer, so that neither has an output to keep."""
+    return isinstance(layer, Attention) and layer.added_kv_proj_dim is not None
+
+
+def check_can_be_gated(denoiser: torch.nn.Module) -> None:
+    """Whether there is a layer to gate, and its output fits a later step.
+
+    Raises:
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or merges its tokens.
+    """
+    merging: list[Any] = [block for block in denoiser.modules() if type(block).__name__ == "ToMeBlock"]
+    if any(block._tome_info["args"]["merge_crossattn"] for block in merging):
+        raise UnsupportedPipelineError(
+            "`merge_crossattn` must be False beside T-GATE, got tokens merged by tomesd around cross-attention: which "
+            "are merged changes from step to step. Call `tomesd.apply_patch(pipe, merge_crossattn=False)`."
+        )
+    if cross_attention_layers(denoiser):
+        return
+    layers = attention_layers(denoiser)
+    if not layers:
+        reason = "it has no attention processors"
+    elif any(getattr(layer, "added_kv_proj_dim", None) is not None for layer in layers.values()):
+        reason = "its text joins self-attention (joint or added-KV attention), so no cross-attention has an output"
+    else:
+        reason = "none of its attention layers is known to attend to the prompt alone"
+    raise UnsupportedPipelineError(
+        f"`denoiser` must have cross-attention layers to gate, got {type(denoiser).__name__}: {reason}. "
+        "Pass a denoiser with separate cross-attention, such as `UNet2DConditionModel` or `PixArtTransformer2DModel`."
+    )
