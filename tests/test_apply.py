@@ -1,10 +1,8 @@
 """A gated pipeline at the weights of the recordings: what it counts, stores and leaves."""
 
-import gc
-
 import pytest
 import torch
-from tiny import FAMILIES, Observed, fingerprint, num_layers, tiny
+from tiny import FAMILIES, Observed, fingerprint, live_bytes, num_layers, tiny
 
 from tgate_processors import TGateConfig, apply_tgate
 
@@ -64,41 +62,6 @@ def test_a_run_keeps_no_tensor_alive(family):
     before = live_bytes()
     subject(tgate)
     assert live_bytes() == before
-
-
-def test_a_run_needs_its_cache_and_nothing_else(family):
-    """Beside the stock run's tensors, at every step: what arithmetic says is stored."""
-    subject = tiny(family)
-    if not subject.takes_callback:
-        pytest.skip("seen from the callback, which this pipeline has not")
-    gate_step = 2
-
-    def measured(config):
-        seen = []
-
-        def look(pipe, step_index, timestep, kwargs):
-            seen.append(live_bytes())
-            return kwargs
-
-        with apply_tgate(subject.pipe, config, callback_on_step_end=look) as tgate:
-            subject(tgate)
-        return seen, tgate.summary().cache_bytes
-
-    never, nothing = measured(TGateConfig(gate_step=100))
-    gated, cache = measured(TGateConfig(gate_step=gate_step))
-    measured(TGateConfig(gate_step=gate_step))
-    extra = [one - other for one, other in zip(gated, never, strict=True)]
-    base = extra[0]  # processors' own constants, if any
-    assert nothing == 0
-    assert cache > 0
-    assert all(grown - base <= 1.05 * cache for grown in extra)
-    assert all(grown - base >= cache for grown in extra[gate_step:-1])
-    assert extra[-1] - base <= 0
-
-
-def live_bytes():
-    gc.collect()
-    return sum(obj.nbytes for obj in gc.get_objects() if type(obj) is torch.Tensor)
 
 
 def test_a_second_call_equals_the_first(family):

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
-from tiny import FAMILIES, TEXT_TO_IMAGE, Observed, tiny, widen
+from tiny import FAMILIES, TEXT_TO_IMAGE, Observed, live_bytes, tiny, widen
 
 from tgate_processors import StateError, TGateConfig, apply_tgate
 
@@ -268,3 +268,32 @@ def test_the_denoiser_can_be_evaluated_after_a_run():
     gated = [subject.denoiser(sample, 5, text).sample for _ in range(3)]
     tgate.remove()
     assert all(torch.equal(out, subject.denoiser(sample, 5, text).sample) for out in gated)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "lcm-sdxl", "svd", "sd-inpaint"])
+def test_a_run_needs_its_cache_and_nothing_else(family):
+    """Beside the stock run's tensors, at every step: what arithmetic says is stored."""
+    subject = tiny(family)
+    gate_step = 2
+
+    def measured(config):
+        seen = []
+
+        def look(pipe, step_index, timestep, kwargs):
+            seen.append(live_bytes())
+            return kwargs
+
+        with apply_tgate(subject.pipe, config, callback_on_step_end=look) as tgate:
+            subject(tgate)
+        return seen, tgate.summary().cache_bytes
+
+    never, nothing = measured(TGateConfig(gate_step=100))
+    gated, cache = measured(TGateConfig(gate_step=gate_step))
+    measured(TGateConfig(gate_step=gate_step))
+    extra = [one - other for one, other in zip(gated, never, strict=True)]
+    base = extra[0]  # processors' own constants, if any
+    assert nothing == 0
+    assert cache > 0
+    assert all(grown - base <= 1.05 * cache for grown in extra)
+    assert all(grown - base >= cache for grown in extra[gate_step:-1])
+    assert extra[-1] - base <= 0

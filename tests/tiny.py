@@ -1,5 +1,6 @@
 """Tiny pipelines of every family, and what the tests look at in them."""
 
+import gc
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -127,6 +128,11 @@ def left_behind(before, model):
         for name in before
         if before[name] != after[name]
     }
+
+
+def live_bytes():
+    gc.collect()
+    return sum(obj.nbytes for obj in gc.get_objects() if type(obj) is torch.Tensor)
 
 
 class Observed:
