@@ -15,6 +15,7 @@ from zoo import ENTRIES, STEPS, class_of, seeded
 
 from tgate_processors import TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors.installation import is_gated
+from tgate_processors.layers import attention_layers, cross_attention_layers
 from tgate_processors.pipelines import FAMILIES, REFUSED, Guidance, denoisers_of, side_networks_of, takes_callback
 
 
@@ -131,3 +132,52 @@ def test_a_loop_that_cannot_be_gated_is_refused(name):
 def test_the_page_is_what_the_tests_know():
     """Written again by `python tests/pipelines_page.py`; building it refuses every denoiser that it lists."""
     assert pipelines_page.PAGE.read_text() == pipelines_page.page()
+
+
+def inputs_of(module, kwargs_name="encoder_hidden_states"):
+    """What a denoiser's calls are given as text, in order, and the hook that sees it."""
+    given = []
+
+    def look(module, args, kwargs):
+        given.append(kwargs[kwargs_name] if kwargs_name in kwargs else args[2])
+
+    return given, module.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline", "SanaPipeline", "LuminaPipeline"],
+)
+@pytest.mark.parametrize("branch", ["negative", "positive"])
+def test_the_branch_that_goes_on(name, branch):
+    """Whichever half it is in: Lumina's batch begins with the positive one."""
+    pipe = seeded(ENTRIES[name].build)
+    given, hook = inputs_of(denoisers_of(pipe)[0])
+    run(name, pipe, TGateConfig(gate_step=GATE, branch=branch))
+    hook.remove()
+    embeds = ENTRIES[name].call([0])["prompt_embeds" if branch == "positive" else "negative_prompt_embeds"]
+    assert [len(text) for text in given] == [2] * GATE + [1] * (STEPS - GATE)
+    assert all(torch.equal(text, embeds) for text in given[GATE:])
+
+
+def outputs_of(layer):
+    """The outputs of an attention layer, in order, and the hook that sees them."""
+    outputs = []
+    return outputs, layer.register_forward_hook(lambda *args: outputs.append(args[-1]))
+
+
+def test_branches_that_are_calls_have_caches_of_their_own():
+    """Before the gate each call reuses what it stored itself; from the gate on there is the mean over the calls."""
+    name = "WanPipeline"
+    pipe = seeded(ENTRIES[name].build)
+    *_, cross = cross_attention_layers(pipe.transformer).values()  # the first would not have met the text yet
+    *_, own = (layer for layer in attention_layers(pipe.transformer).values() if not layer.is_cross_attention)
+    (of_self, hook), (of_cross, other_hook) = outputs_of(own), outputs_of(cross)
+    run(name, pipe, TGateConfig(gate_step=3, sp_interval=2))  # of 4 steps: compute, reuse, close, fidelity
+    hook.remove()
+    other_hook.remove()
+    assert len(of_self) == len(of_cross) == 2 * 3 + 1
+    assert torch.equal(of_self[2], of_self[0])
+    assert torch.equal(of_self[3], of_self[1])
+    assert not torch.equal(of_self[0], of_self[1])
+    assert torch.equal(of_cross[6], (of_cross[4] + of_cross[5]) / 2)
