@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, Observed, fingerprint, live_bytes, num_layers, tiny
+from tiny import FAMILIES, Observed, fingerprint, num_layers, tiny
 
 from tgate_processors import TGateConfig, apply_tgate
 
@@ -53,15 +53,6 @@ def test_only_what_is_read_is_stored_and_nothing_stays(family):
     assert [sum(now) for now in kept[:-1]] == [0] + [cross_layers] * (len(kept) - 2)
     assert tgate.gate.cache_bytes == 0
     assert all(layer.cached is None for layer in tgate.gate.layers)
-
-
-def test_a_run_keeps_no_tensor_alive(family):
-    subject = tiny(family)
-    tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=2, fi_interval=2))
-    subject(tgate)
-    before = live_bytes()
-    subject(tgate)
-    assert live_bytes() == before
 
 
 def test_a_second_call_equals_the_first(family):

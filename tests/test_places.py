@@ -1,5 +1,6 @@
 """Where a gated pipeline runs: offloaded, in other precisions, compiled, in threads, two on one denoiser."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -282,13 +283,14 @@ def test_two_pipelines_in_two_threads():
 
 
 def test_a_gated_denoiser_is_saved_and_copied_as_what_it_is(tmp_path):
-    import copy
-
     pipe, kwargs = tiny()
     stock = pipe(**kwargs)[0]
-    with apply_tgate(pipe, CONFIG):
+    with apply_tgate(pipe, CONFIG) as tgate:
         pipe.unet.save_pretrained(tmp_path)
         twin = copy.deepcopy(pipe.unet)
+        twin(torch.randn(2, 4, 8, 8), 5, torch.randn(2, 7, 12))
+        with pytest.raises(StateError, match="before a run"):  # the copy's call was none of the gate's
+            tgate.summary()
     loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
     for unet in (loaded, twin):
         pipe.unet = unet

@@ -462,14 +462,16 @@ def test_attention_maps_that_are_read_in_every_step_are_refused():
 
 
 def test_a_part_of_an_inverted_run():
-    """LEDITS++ may skip the first of its timesteps, and never sets them anew."""
+    """LEDITS++ may leave out the first of its scheduler's timesteps; only its denoising is counted."""
     pipe, kwargs = tiny("LEditsPPPipelineStableDiffusion")
-    seen = Seen(pipe.unet)
-    with apply_tgate(pipe, TGateConfig(gate_step=1)) as tgate:
-        for _ in range(2):
-            pipe(**kwargs, callback_on_step_end=tgate)
-            assert len(tgate.summary().schedule) == len(pipe.inversion_steps)
-    assert seen.computed["cross"] == 2 * len(seen.cross)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pipe.invert(image=picture, num_inversion_steps=STEPS, skip=0.5)
+    with apply_tgate(pipe, CONFIG) as tgate:
+        pipe(**kwargs, callback_on_step_end=tgate)
+        assert len(tgate.summary().schedule) == STEPS
+        assert len(tgate.summary().evaluations) == STEPS
+        with pytest.raises(StateError, match="`callback_on_step_end` must be the handle"):
+            pipe.invert(image=picture, num_inversion_steps=STEPS)
 
 
 # The loop

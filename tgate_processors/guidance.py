@@ -34,12 +34,6 @@ CONTROLS = {
 }
 
 
-def timestep_of(inputs: Inputs) -> Any:
-    """The timestep among a denoiser's positional and keyword arguments: a number, or a tensor of them."""
-    args, kwargs = inputs
-    return kwargs["timestep"] if "timestep" in kwargs else args[1]
-
-
 def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
     """One half of every batched tensor in `inputs`, nested ones too. No copy is made.
 

@@ -13,7 +13,7 @@ from tgate_processors import pipelines
 from tgate_processors.deepcache import is_enabled
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.gate import Gate
-from tgate_processors.guidance import Inputs, timestep_of
+from tgate_processors.guidance import Inputs
 from tgate_processors.installation import is_gated
 from tgate_processors.interception import interceptors
 from tgate_processors.layers import check_can_be_gated
@@ -93,7 +93,6 @@ class _Run:
     """One denoising loop of the pipeline, from its first evaluation on."""
 
     timesteps: "weakref.ref[torch.Tensor]"  # every `set_timesteps` makes a new tensor, and so a new run
-    first_timestep: Any
     clock: StepClock
     num_evaluations: int = 0  # of the denoiser
     last_step_index: int = -1  # that the callback was called with
@@ -214,8 +213,8 @@ class TGate:
     def enter(self, network: GatedNetwork, inputs: Inputs) -> bool:
         """Begin a run with the first evaluation after `set_timesteps`; False outside of runs."""
         is_denoiser = network in self._denoisers
-        if self._begins_a_run(inputs, is_denoiser):
-            self._begin(inputs)
+        if self._begins_a_run():
+            self._begin()
         run = self._run
         if run is None or run.is_over:
             return False  # someone evaluates the network on their own
@@ -233,24 +232,19 @@ class TGate:
             if not self._moved_by_callback:
                 self._advance(run, run.num_evaluations)
 
-    def _begins_a_run(self, inputs: Inputs, is_denoiser: bool) -> bool:
-        run = self._run
+    def _begins_a_run(self) -> bool:
         timesteps = self.pipe.scheduler.timesteps
         if self._foreign_timesteps is not None and self._foreign_timesteps() is timesteps:
             return False
-        if run is None or run.timesteps() is not timesteps:
-            return True
-        if self._family.sets_timesteps or not (is_denoiser and run.is_over):
-            return False
-        return _is_same_timestep(timestep_of(inputs), run.first_timestep)
+        return self._run is None or self._run.timesteps() is not timesteps
 
     def _ignore_present_timesteps(self) -> None:
         timesteps = self.pipe.scheduler.timesteps
         self._foreign_timesteps = weakref.ref(timesteps) if isinstance(timesteps, torch.Tensor) else None
 
-    def _begin(self, inputs: Inputs) -> None:
+    def _begin(self) -> None:
         clock = pipelines.step_clock(self.pipe)
-        self._run = _Run(weakref.ref(self.pipe.scheduler.timesteps), timestep_of(inputs), clock)
+        self._run = _Run(weakref.ref(self.pipe.scheduler.timesteps), clock)
         for network in self._networks:
             network.begin(clock.num_steps)
 
@@ -275,7 +269,3 @@ class TGate:
                 "the last evaluation. Pass it to the pipeline: "
                 "`pipe(..., callback_on_step_end=tgate)`; give a callback of your own to `apply_tgate`."
             )
-
-
-def _is_same_timestep(one: Any, other: Any) -> bool:
-    return bool(torch.all(torch.as_tensor(one).flatten()[0] == torch.as_tensor(other).flatten()[0]))

@@ -34,12 +34,10 @@ class Family:
     Args:
         guidance: How its branches are evaluated.
         branch: The branch that is denoised after the gate unless the configuration names one.
-        sets_timesteps: Whether every call sets the scheduler's timesteps anew; LEDITS++ does it in `invert`.
     """
 
     guidance: Guidance = Guidance.HALVES
     branch: Branch = "negative"
-    sets_timesteps: bool = True
 
 
 def _families(family: Family, *names: str) -> dict[str, Family]:
@@ -126,6 +124,8 @@ FAMILIES = {
         "AnimateDiffPAGPipeline",
         "HunyuanDiTPAGPipeline",
         "KolorsPAGPipeline",
+        "LEditsPPPipelineStableDiffusion",
+        "LEditsPPPipelineStableDiffusionXL",
         "PixArtSigmaPAGPipeline",
         "SanaPAGPipeline",
         "StableDiffusionControlNetPAGInpaintPipeline",
@@ -140,11 +140,6 @@ FAMILIES = {
         "StableDiffusionXLPAGImg2ImgPipeline",
         "StableDiffusionXLPAGInpaintPipeline",
         "StableDiffusionXLPAGPipeline",
-    ),
-    **_families(
-        Family(Guidance.PARTS, sets_timesteps=False),
-        "LEditsPPPipelineStableDiffusion",
-        "LEditsPPPipelineStableDiffusionXL",
     ),
     **_families(
         Family(Guidance.NONE),
