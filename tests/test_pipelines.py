@@ -102,8 +102,8 @@ def test_evaluations_and_attention_calls(name):
     "name", [name for name in ENTRIES if name not in zoo_motion.ONE_PICTURE_ONLY | zoo_transformers.ONE_PICTURE_ONLY]
 )
 def test_a_batch_of_two_is_two_runs_of_one(name):
-    config = TGateConfig(gate_step=GATE)
-    both, one, other = (run(name, seeded(ENTRIES[name].build), config, p)[0] for p in ([0, 1], [0], [1]))
+    pipe, config = seeded(ENTRIES[name].build), TGateConfig(gate_step=GATE)
+    both, one, other = (run(name, pipe, config, pictures)[0] for pictures in ([0, 1], [0], [1]))
     torch.testing.assert_close(both, torch.cat([one, other]), rtol=1e-3, atol=2e-4)  # kernels differ by batch
 
 
