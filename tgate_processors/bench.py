@@ -304,7 +304,11 @@ def plot(report: Report, path: Path) -> None:
     axes.axvline(report.mac_speed_up, color="#c0392b", linestyle="--", label="arithmetic of the gated run")
     for place, median in enumerate(medians):
         axes.text(0.02, place, f"{median:.2f}x", va="center", color="#111111")
-    axes.set_xlabel("speed-up over the stock pipeline: median and range of the rounds")
+    failed = [row.name for row in report.rows if row.error is not None]
+    axes.set_xlabel(
+        "speed-up over the stock pipeline: median and range of the rounds"
+        + (f"\nfailed: {', '.join(failed)}" if failed else "")
+    )
     wanted = ("model", "denoiser", "pixels", "batch", "steps", "gate step", "dtype", "compiled")
     axes.set_title(
         ", ".join(f"{key} {report.settings[key]}" for key in wanted[:4])
