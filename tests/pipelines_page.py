@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import zoo_motion  # noqa: F401
-import zoo_transformers  # noqa: F401
-import zoo_unets  # noqa: F401
+import zoo_motion  # noqa: F401  # registers its pipelines
+import zoo_transformers  # noqa: F401  # registers its pipelines
+import zoo_unets  # noqa: F401  # registers its pipelines
 from refused import REFUSED_DENOISERS, build_denoiser
 from zoo import ENTRIES, class_of, seeded
 

@@ -7,9 +7,9 @@ from functools import partial
 import diffusers
 import pytest
 import torch
-import zoo_motion  # noqa: F401
-import zoo_transformers  # noqa: F401
-import zoo_unets  # noqa: F401
+import zoo_motion  # noqa: F401  # registers its pipelines
+import zoo_transformers  # noqa: F401  # registers its pipelines
+import zoo_unets  # noqa: F401  # registers its pipelines
 from diffusers.hooks import apply_group_offloading
 from seen import Seen
 from test_tricks import CONFIG, GATE, gated, holds, tiny

@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import tomesd
 import torch
-import zoo_motion  # noqa: F401
-import zoo_transformers  # noqa: F401
+import zoo_motion  # noqa: F401  # registers its pipelines
+import zoo_transformers  # noqa: F401  # registers its pipelines
 import zoo_unets
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDXLCFGCutoffCallback
 from diffusers.models import attention_processor as zoo_of_processors

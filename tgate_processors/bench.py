@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tgate_processors.contestants import Contestant, Mark, Run, contestants
+from tgate_processors.contestants import Contestant, Run, contestants
 from tgate_processors.errors import ConfigError, MissingPackageError
 from tgate_processors.rig import Rig
 from tgate_processors.run_cost import run_cost
@@ -132,7 +132,7 @@ class _Clock:
 
     def mark(self) -> None:
         if self.device.startswith("cuda"):
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # of torch
             event.record()
             self.marks.append(event)
         else:
@@ -321,6 +321,3 @@ def plot(report: Report, path: Path) -> None:
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-
-
-__all__ = ["Mark", "Report", "Row", "Spread", "bench", "machine", "plot"]

@@ -99,16 +99,21 @@ def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     what.add_argument("--model", help="sd-1.5, sd-2.1, sdxl, lcm-sdxl, pixart-alpha, lcm-pixart or pixart-sigma")
     what.add_argument("--pipeline", type=Path, help="folder of a saved pipeline; only its configs are read")
     what.add_argument("--table", action="store_true", help="the original's benchmark table, counted here")
-    cost.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
-    cost.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
-    cost.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
-    cost.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
-    cost.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
-    cost.add_argument("--height", type=int, help="pixels; the model's own where none is given")
-    cost.add_argument("--width", type=int, help="pixels; the model's own where none is given")
+    _add_run(cost)
     cost.add_argument("--cache-interval", type=int, help="beside DeepCache with this interval, both runs")
     cost.add_argument("--json", action="store_true", help="print one JSON object")
     cost.set_defaults(run=run_cost)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    """The options that `_run_of` reads."""
+    command.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
+    command.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
+    command.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
+    command.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
+    command.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
+    command.add_argument("--height", type=int, help="pixels; the model's own where none is given")
+    command.add_argument("--width", type=int, help="pixels; the model's own where none is given")
 
 
 def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -124,15 +129,9 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     what.add_argument(
         "--pipeline", type=Path, help="folder of a saved pipeline; its configs are read, not its weights"
     )
+    _add_run(bench)
     bench.add_argument("--reduce", type=int, default=1, help="divide the width of its layers")
-    bench.add_argument("--height", type=int, help="pixels; the model's own where none is given")
-    bench.add_argument("--width", type=int, help="pixels; the model's own where none is given")
     bench.add_argument("--batch", type=int, default=1, help="pictures at once")
-    bench.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
-    bench.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
-    bench.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
-    bench.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
-    bench.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
     bench.add_argument("--rounds", type=int, default=5, help="how often each is timed, in turn")
     bench.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants, by parts of their names")
     bench.add_argument("--compile", action="store_true", help="compile each denoiser")

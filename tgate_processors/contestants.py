@@ -138,13 +138,13 @@ class _DropsGuidance:
         self.gate_step = gate_step
         self.step = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def before(self, inputs: Inputs) -> Inputs:
         if self.step < self.gate_step:
             return inputs
         return take_half(inputs, sample_of(inputs).shape[0], first=True)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def after(self, output: Any) -> Any:
         self.step += 1
         return output if self.step <= self.gate_step else double(output)

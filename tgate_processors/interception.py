@@ -51,7 +51,7 @@ def _intercepted_class(module: torch.nn.Module) -> type:
     standing: list[Interceptor] = []
 
     # Not `recursive`: `torch.compile` of the intercepted module shall compile what is called here.
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if intercepted() is not self:
             return base.__call__(self, *args, **kwargs)  # a deep copy: it has the class, and nobody asked for it

@@ -129,7 +129,7 @@ class GatedNetwork:
 
     # The interceptor
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def before(self, inputs: Inputs) -> Inputs | None:
         """What the network is called with; None where its answer is known."""
         self._in_run = self.loop.enter(self, inputs)
@@ -149,7 +149,7 @@ class GatedNetwork:
             make_next_step_full(self.deepcache)
         return take_half(inputs, batch, first=self._first_half) if self._folded else inputs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def after(self, output: Any) -> Any:
         """What the caller gets."""
         if not self._in_run:
