@@ -7,11 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from tgate_processors import ConfigError, TGateConfig, contestants
+from tgate_processors import ConfigError, TGateConfig, contestants, ways
 from tgate_processors.architectures import Architecture, architecture, resized
 from tgate_processors.bench import _Laps, _paired, _phases, bench
 from tgate_processors.cli import main
-from tgate_processors.contestants import Contestant
+from tgate_processors.contestants import Contestant, by_way
 from tgate_processors.rig import Rig, reduced
 
 
@@ -75,11 +75,12 @@ def test_the_limit_and_the_gate_do_the_same_work():
             run(lambda: marks.append(counter.get_total_flops()))
         return [after - before for before, after in zip([0, *marks], marks, strict=False)]
 
-    assert flops(contestants.gated) == flops(contestants.surgical_limit)
-    dropped, stock = flops(contestants.dropping_guidance), flops(contestants.stock)
+    gated = flops(by_way(ways.gated(rig("sd").config, "")))
+    assert gated == flops(contestants.surgical_limit)
+    dropped, stock = flops(by_way(ways.dropping_guidance(2, 3))), flops(by_way(ways.stock()))
     assert dropped[:2] == stock[:2]
     assert dropped[2] * 2 == stock[2]
-    assert dropped[2] > flops(contestants.gated)[2]
+    assert dropped[2] > gated[2]
 
 
 def test_contestants_share_weights_and_nothing_else():
@@ -87,7 +88,7 @@ def test_contestants_share_weights_and_nothing_else():
     first, second = one.pipeline(), one.pipeline()
     assert first.unet.conv_in.weight is second.unet.conv_in.weight
     assert first.unet.conv_in is not second.unet.conv_in
-    contestants.gated(one, False)
+    by_way(ways.gated(one.config, ""))(one, False)
     kwargs = one.call()
     assert torch.equal(first(**kwargs).images, second(**kwargs).images)
 
@@ -97,7 +98,7 @@ def test_a_contestant_that_fails_is_reported(monkeypatch):
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setattr("tgate_processors.bench.contestants", lambda rig, steps: [one, Contestant("broken", fails)])
-    one = Contestant("stock", contestants.stock)
+    one = Contestant("stock", by_way(ways.stock()))
     report = bench(rig("sd"), rounds=1)
     assert report.rows[1].error == "RuntimeError: no kernel for this"
     assert "broken: RuntimeError: no kernel for this" in str(report)
@@ -109,7 +110,7 @@ def test_ratios_are_of_the_same_round():
 
 
 def test_phases_leave_out_the_calls_beginning():
-    laps = _Laps(Contestant("x", contestants.stock), steps=[[50.0, 2.0, 1.0, 1.5]])
+    laps = _Laps(Contestant("x", by_way(ways.stock())), steps=[[50.0, 2.0, 1.0, 1.5]])
     assert _phases(laps, rig("sd")) == ([2.0], [1.25])
 
 

@@ -8,7 +8,10 @@ import tgate_processors
 
 ORDER = [
     "errors",
+    "plotting",
     "schedule",
+    "presets",
+    "watch",
     "gate",
     "layers",
     "processors",
@@ -21,7 +24,11 @@ ORDER = [
     "pipelines",
     "summary",
     "handle",
+    "convergence",
     "loaders",
+    "ways",
+    "likeness",
+    "quality",
     "generate",
     "architectures",
     "run_cost",

@@ -13,10 +13,12 @@ import torch
 from tqdm import tqdm
 
 from tgate_processors.contestants import Contestant, Run, contestants
-from tgate_processors.errors import ConfigError, MissingPackageError
+from tgate_processors.errors import MissingPackageError
+from tgate_processors.plotting import BLUE, PALE, RED, new_figure
 from tgate_processors.rig import Rig
 from tgate_processors.run_cost import run_cost
 from tgate_processors.schedule import format_table, require_whole
+from tgate_processors.ways import named
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,7 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
     cost = run_cost(rig.known, rig.config)
     mac_speed_up = cost.stock_macs / cost.gated_macs
     known = contestants(rig, max(1, round(rig.known.steps / mac_speed_up)))
-    for name in only:
-        if not any(name in contestant.name for contestant in known):
-            names = ", ".join(contestant.name for contestant in known)
-            raise ConfigError(f"`only` must name contestants, got {name!r}. They are: {names}.")
-    chosen = [c for c in known if c.name == "stock" or not only or any(name in c.name for name in only)]
+    chosen = named(known, only)
     all_laps = [_Laps(contestant) for contestant in chosen]
     with tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False) as bar:
         for turn in range(rounds + 1):
@@ -182,7 +180,7 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
         "pixels": f"{rig.known.height} x {rig.known.width}",
         "batch": rig.batch,
         "steps": rig.known.steps,
-        "gate step": rig.config.gate_step,
+        "gate step": rig.gate_step,
         "dtype": str(rig.dtype).removeprefix("torch."),
         "compiled": compiles,
         "rounds": rounds,
@@ -254,7 +252,7 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
 
 def _phases(laps: _Laps, rig: Rig) -> tuple[list[float], list[float]]:
     """A step before the gate and one after it, medians of each round; the first step begins with the call itself."""
-    gate = rig.config.gate_step
+    gate = rig.gate_step
     planning = [statistics.median(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
     fidelity = [statistics.median(steps[gate:]) for steps in laps.steps]
     return planning, fidelity
@@ -287,21 +285,15 @@ def plot(report: Report, path: Path) -> None:
     Raises:
         MissingPackageError: `matplotlib` is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "`matplotlib` must be installed to plot. Run `pip install 'tgate-processors[plot]'`."
-        ) from error
     rows = [row for row in report.rows if row.speed_up is not None][::-1]
-    figure = Figure(figsize=(9, 1.8 + 0.42 * len(rows)), layout="constrained")
+    figure = new_figure(9, 1.8 + 0.42 * len(rows))
     axes = figure.subplots()
     medians = [row.speed_up.median for row in rows if row.speed_up]
     below = [row.speed_up.median - row.speed_up.least for row in rows if row.speed_up]
     above = [row.speed_up.most - row.speed_up.median for row in rows if row.speed_up]
-    colours = ["#2f6fb0" if row.name == "tgate_processors" else "#b9c2cc" for row in rows]
+    colours = [BLUE if row.name == "tgate_processors" else PALE for row in rows]
     axes.barh([row.name for row in rows], medians, xerr=[below, above], color=colours, ecolor="#333333", capsize=3)
-    axes.axvline(report.mac_speed_up, color="#c0392b", linestyle="--", label="arithmetic of the gated run")
+    axes.axvline(report.mac_speed_up, color=RED, linestyle="--", label="arithmetic of the gated run")
     for place, median in enumerate(medians):
         axes.text(0.02, place, f"{median:.2f}x", va="center", color="#111111")
     failed = [row.name for row in report.rows if row.error is not None]

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tgate_processors import ConfigError, TGateConfig, TGateError
 
@@ -34,7 +34,25 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_cost(commands)
     _add_bench(commands)
+    _add_calibrate(commands)
+    _add_quality(commands)
     return top
+
+
+def _gate_step(text: str) -> int | float | str:
+    """A count, a fraction or `auto`; what is wrong with another is said by `TGateConfig`."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _add_gate_step(command: argparse.ArgumentParser, default: int | None = 10) -> None:
+    command.add_argument(
+        "--gate-step", type=_gate_step, default=default, help="steps before the gate closes, or their share, or auto"
+    )
 
 
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,7 +71,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     demo.add_argument("--count", type=int, default=5, help="how many prompts to draw where none is given")
     demo.add_argument("--steps", type=int, default=25, help="denoising steps")
-    demo.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
+    _add_gate_step(demo)
+    demo.add_argument("--look-interval", type=int, help="look at the text again every so many steps after the gate")
     demo.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance")
     demo.add_argument("--seed", type=int, default=0, help="of the drawn prompts and of the noise")
     demo.add_argument("--rounds", type=int, default=3, help="how often each pipeline is timed, in turn")
@@ -69,20 +88,28 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "`accelerate launch --num_processes N -m tgate_processors generate ...` the processes share the prompts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    generate.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
-    generate.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt on each line")
-    generate.add_argument("--model", default="demo", help="a pipeline's folder or name on the hub, or `demo`")
+    _add_pipeline(generate)
     generate.add_argument("--out", type=Path, default=Path("tgate-pictures"), help="the folder of the pictures")
     generate.add_argument("--steps", type=int, help="denoising steps; the pipeline's own where none is given")
-    generate.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
-    generate.add_argument("--guidance", type=float, help="scale of guidance; the pipeline's own where none is given")
-    generate.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
-    generate.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
-    generate.add_argument("--with-stock", action="store_true", help="the stock pipeline's picture left of each")
+    _add_gate_step(generate)
     generate.add_argument(
+        "--look-interval", type=int, help="look at the text again every so many steps after the gate"
+    )
+    generate.add_argument("--with-stock", action="store_true", help="the stock pipeline's picture left of each")
+    generate.set_defaults(run=run_generate)
+
+
+def _add_pipeline(command: argparse.ArgumentParser) -> None:
+    """The options that `_prompts_of` and `_pipeline_of` read, and those of a run."""
+    command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt on each line")
+    command.add_argument("--model", default="demo", help="a pipeline's folder or name on the hub, or `demo`")
+    command.add_argument("--guidance", type=float, help="scale of guidance; the pipeline's own where none is given")
+    command.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
+    command.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model, as its own pipeline"
     )
-    generate.set_defaults(run=run_generate)
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -107,7 +134,8 @@ def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     """The options that `_run_of` reads."""
-    command.add_argument("--gate-step", type=int, default=10, help="steps before the gate closes")
+    _add_gate_step(command)
+    command.add_argument("--look-interval", type=int, help="look at the text again every so many steps after the gate")
     command.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
     command.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
     command.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
@@ -174,6 +202,7 @@ def _run_of(options: argparse.Namespace) -> "tuple[TGateConfig, Architecture]":
         sp_interval=options.sp_interval,
         fi_interval=options.fi_interval,
         warm_up=options.warm_up,
+        look_interval=options.look_interval,
     )
     if options.pipeline is not None:
         known = architectures.pipeline_on_disk(options.pipeline)
@@ -229,7 +258,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
     for name in ("count", "steps", "rounds"):
         require_whole(name, getattr(options, name), least=1)
-    config = TGateConfig(gate_step=options.gate_step)
+    config = TGateConfig(gate_step=options.gate_step, look_interval=options.look_interval)
     scenes = [parse(prompt) for prompt in options.prompts] or held_out_scenes(options.count, options.seed)
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -251,26 +280,18 @@ def run_demo(options: argparse.Namespace) -> None:
     print(f"pictures: {options.out}")
 
 
-def run_generate(options: argparse.Namespace) -> None:
-    """Draw the prompts that are not drawn yet."""
+def _prompts_of(options: argparse.Namespace) -> list[str]:
+    from tgate_processors.generate import read_prompts
+
+    return [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
+
+
+def _pipeline_of(options: argparse.Namespace, device: object) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
     from tgate_processors.demo.model import load_demo_pipeline
-    from tgate_processors.generate import Job, generate, read_prompts, share_of_this_process
-    from tgate_processors.schedule import require_whole
 
-    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
-    if not prompts:
-        raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither.")
-    if options.steps is not None:
-        require_whole("steps", options.steps, least=1)
-    config = TGateConfig(gate_step=options.gate_step)
-    jobs = [
-        Job(prompt, options.seed + index, options.steps, options.guidance, config, options.with_stock)
-        for index, prompt in enumerate(prompts)
-    ]
-    share, device = share_of_this_process()
     if options.model == "demo":
         pipe = load_demo_pipeline()
     else:
@@ -282,5 +303,129 @@ def run_generate(options: argparse.Namespace) -> None:
         )
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    made = generate(pipe, jobs, options.out, share=share)
+    return pipe
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Draw the prompts that are not drawn yet."""
+    from tgate_processors.generate import Job, generate, share_of_this_process
+    from tgate_processors.schedule import require_whole
+
+    prompts = _prompts_of(options)
+    if not prompts:
+        raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither.")
+    if options.steps is not None:
+        require_whole("steps", options.steps, least=1)
+    config = TGateConfig(gate_step=options.gate_step, look_interval=options.look_interval)
+    jobs = [
+        Job(prompt, options.seed + index, options.steps, options.guidance, config, options.with_stock)
+        for index, prompt in enumerate(prompts)
+    ]
+    share, device = share_of_this_process()
+    made = generate(_pipeline_of(options, device), jobs, options.out, share=share)
     print(f"process {share.index + 1} of {share.count}: {len(made)} pictures in {options.out}")
+
+
+def _add_calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure how a model's cross-attention converges, and choose its gate step",
+        description="Draws the prompts with the stock pipeline, measures how much its cross-attention changes from "
+        "step to step, and prints the gate step that this suggests with what it saves.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_pipeline(calibrate)
+    calibrate.add_argument("--count", type=int, default=32, help="of the demo's own prompts, where none is given")
+    calibrate.add_argument("--steps", type=int, default=25, help="denoising steps")
+    calibrate.add_argument("--tolerance", type=float, default=TGateConfig.tolerance, help="change that is none")
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="write what was measured, as safetensors")
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of it")
+    calibrate.add_argument("--json", action="store_true", help="print one JSON object")
+    calibrate.set_defaults(run=run_calibrate)
+
+
+def _add_quality(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    quality = commands.add_parser(
+        "quality",
+        help="measure what the gate and other ways to save arithmetic cost in pictures",
+        description="Draws the same prompts many ways. The demo's pictures are read exactly: whether they show what "
+        "their prompts say. With a model of your own: how like the stock pictures they are, and CLIP scores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_pipeline(quality)
+    quality.add_argument("--count", type=int, default=256, help="of the demo's own prompts")
+    quality.add_argument("--steps", type=int, default=25, help="denoising steps")
+    quality.add_argument("--quick", action="store_true", help="fewer prompts, and the gate at every third step")
+    quality.add_argument("--only", nargs="+", default=[], metavar="NAME", help="ways, by parts of their names")
+    quality.add_argument("--clip", metavar="MODEL", help="a CLIP model's folder or name, to score your own model by")
+    quality.add_argument("--json", action="store_true", help="print one JSON object")
+    quality.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of score against arithmetic")
+    quality.set_defaults(run=run_quality)
+
+
+def _guidance_of(options: argparse.Namespace) -> dict[str, float]:
+    guidance = 5.0 if options.guidance is None and options.model == "demo" else options.guidance
+    return {} if guidance is None else {"guidance_scale": guidance}
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """Measure, and suggest a gate step."""
+    from tgate_processors.convergence import measure_convergence, plot, suggestion
+    from tgate_processors.demo.evaluate import held_out_scenes
+    from tgate_processors.demo.world import caption
+    from tgate_processors.generate import share_of_this_process
+    from tgate_processors.schedule import require_tolerance, require_whole
+
+    require_tolerance(options.tolerance)
+    require_whole("count", options.count, least=1)
+    prompts = _prompts_of(options)
+    if not prompts and options.model == "demo":
+        prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
+    pipe = _pipeline_of(options, share_of_this_process()[1])
+    settings = _guidance_of(options)
+    convergence = measure_convergence(pipe, prompts, num_inference_steps=options.steps, seed=options.seed, **settings)
+    if options.out:
+        convergence.save(options.out)
+    if options.plot:
+        plot(convergence, options.plot, tolerance=options.tolerance)
+    suggested = suggestion(pipe, convergence, options.tolerance, **settings)
+    print(json.dumps(suggested.as_dict(), indent=2) if options.json else suggested)
+
+
+def run_quality(options: argparse.Namespace) -> None:
+    """Measure the demo's model, or one's own."""
+    from tgate_processors.demo.quality import quality_of_demo
+    from tgate_processors.generate import share_of_this_process
+    from tgate_processors.quality import plot, quality_of_pipeline
+
+    pipe = _pipeline_of(options, share_of_this_process()[1])
+    settings = _guidance_of(options)
+    prompts = _prompts_of(options)
+    if options.model == "demo":
+        if prompts:
+            raise ConfigError(
+                f"`PROMPT` must be left out for the demo, which draws its own to read them, got {len(prompts)}. "
+                "Pass `--count`."
+            )
+        report = quality_of_demo(
+            pipe,
+            count=48 if options.quick else options.count,
+            seed=options.seed,
+            steps=options.steps,
+            guidance=settings["guidance_scale"],
+            every=3 if options.quick else 1,
+            only=options.only,
+        )
+    else:
+        report = quality_of_pipeline(
+            pipe,
+            prompts[:4] if options.quick else prompts,
+            num_inference_steps=options.steps,
+            seed=options.seed,
+            clip=options.clip,
+            only=options.only,
+            **settings,
+        )
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report)
+    if options.plot:
+        plot(report, options.plot)

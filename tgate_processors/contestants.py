@@ -1,20 +1,17 @@
 """Who is timed beside a gated pipeline: the stock pipeline, the least that is possible, and other accelerators."""
 
 import contextlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tgate_processors import deepcache
-from tgate_processors.errors import ConfigError, MissingPackageError
-from tgate_processors.guidance import Inputs, double, sample_of, take_half
-from tgate_processors.handle import apply_tgate
-from tgate_processors.interception import intercept
+from tgate_processors import ways
+from tgate_processors.errors import ConfigError
+from tgate_processors.guidance import Inputs, sample_of, take_half
 from tgate_processors.layers import cross_attention_layers
-from tgate_processors.pipelines import denoisers_of, takes_callback
+from tgate_processors.pipelines import denoisers_of
 from tgate_processors.rig import Rig
 
 
@@ -42,34 +39,36 @@ def _compiled(pipe: Any, compiles: bool) -> None:
         denoisers_of(pipe)[0].compile(fullgraph=True)
 
 
-def _pipeline_run(rig: Rig, pipe: Any, call: Callable[..., Any] | None = None, **changes: Any) -> Run:
-    """Call the pipeline; a mark is made after every step of its scheduler."""
-    kwargs = rig.call() | changes
-    step = pipe.scheduler.step
+class _PipelineRun:
+    """A pipeline's call, with a way on the pipeline from now on; a mark is made after each step of its scheduler."""
 
-    def run(mark: Mark) -> Any:
+    def __init__(self, rig: Rig, pipe: Any, way: ways.Way, call: Callable[..., Any] | None = None, **changes: Any):
+        self._pipe = pipe
+        self._call = call or pipe
+        self._context = way.on(pipe)
+        self._kwargs = rig.call() | changes | self._context.__enter__()
+        self._step = pipe.scheduler.step
+
+    def __call__(self, mark: Mark) -> Any:
         def marked(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
+            result = self._step(*args, **kwargs)
             mark()
             return result
 
-        pipe.scheduler.step = marked
-        return (call or pipe)(**kwargs)
-
-    return run
+        self._pipe.scheduler.step = marked
+        return self._call(**self._kwargs)
 
 
-def stock(rig: Rig, compiles: bool) -> Run:
-    pipe = rig.pipeline()
-    _compiled(pipe, compiles)
-    return _pipeline_run(rig, pipe)
+def by_way(way: ways.Way) -> Callable[[Rig, bool], Run]:
+    """The rig's pipeline, run this way."""
 
+    def prepare(rig: Rig, compiles: bool) -> Run:
+        pipe = rig.pipeline()
+        run = _PipelineRun(rig, pipe, way)
+        _compiled(pipe, compiles)
+        return run
 
-def gated(rig: Rig, compiles: bool) -> Run:
-    pipe = rig.pipeline()
-    tgate = apply_tgate(pipe, rig.config)
-    _compiled(pipe, compiles)
-    return _pipeline_run(rig, pipe, **{"callback_on_step_end": tgate} if takes_callback(pipe) else {})
+    return prepare
 
 
 class _GivesWhatIsStored:
@@ -107,7 +106,7 @@ def surgical_limit(rig: Rig, compiles: bool) -> Run:
     @torch.no_grad()
     def run(mark: Mark) -> None:
         for step in range(rig.known.steps):
-            denoiser, (args, kwargs) = (planning, inputs) if step < rig.config.gate_step else (fidelity, half)
+            denoiser, (args, kwargs) = (planning, inputs) if step < rig.gate_step else (fidelity, half)
             denoiser(*args, **kwargs)
             mark()
 
@@ -131,53 +130,9 @@ def _first_inputs(rig: Rig, pipe: Any) -> Inputs:
     return seen[0]
 
 
-class _DropsGuidance:
-    """Half of the batch after the gate, with cross-attention computed: what of the speed-up is not T-GATE's own."""
-
-    def __init__(self, gate_step: int) -> None:
-        self.gate_step = gate_step
-        self.step = 0
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
-    def before(self, inputs: Inputs) -> Inputs:
-        if self.step < self.gate_step:
-            return inputs
-        return take_half(inputs, sample_of(inputs).shape[0], first=True)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
-    def after(self, output: Any) -> Any:
-        self.step += 1
-        return output if self.step <= self.gate_step else double(output)
-
-
-def dropping_guidance(rig: Rig, compiles: bool) -> Run:
-    if not rig.known.guidance:
-        raise ConfigError("`model` must have guidance to drop, got one without. Leave this contestant out.")
-    pipe = rig.pipeline()
-    dropper = _DropsGuidance(rig.config.gate_step)
-    intercept(denoisers_of(pipe)[0], dropper)
-    _compiled(pipe, compiles)
-    run = _pipeline_run(rig, pipe)
-
-    def from_the_start(mark: Mark) -> Any:
-        dropper.step = 0
-        return run(mark)
-
-    return from_the_start
-
-
-def fewer_steps(steps: int) -> Callable[[Rig, bool], Run]:
-    def prepare(rig: Rig, compiles: bool) -> Run:
-        pipe = rig.pipeline()
-        _compiled(pipe, compiles)
-        return _pipeline_run(rig, pipe, num_inference_steps=steps)
-
-    return prepare
-
-
 def tgate_original(rig: Rig, compiles: bool) -> Run:
     """The `tgate` package 1.0.0, at the same settings."""
-    original = _package("tgate")
+    original = ways.package("tgate")
     pipe = rig.pipeline()
     _compiled(pipe, compiles)
     kind = type(pipe).__name__
@@ -188,7 +143,7 @@ def tgate_original(rig: Rig, compiles: bool) -> Run:
     }[kind]
     config = rig.config
     settings = {
-        "gate_step": config.gate_step,
+        "gate_step": rig.gate_step,
         "sp_interval": config.sp_interval,
         "fi_interval": config.fi_interval,
         "warm_up": config.warm_up,
@@ -196,37 +151,7 @@ def tgate_original(rig: Rig, compiles: bool) -> Run:
     if not rig.known.guidance:
         settings["lcm"] = True
     pipe = getattr(original, loader)(pipe)
-    return _pipeline_run(rig, pipe, pipe.tgate, **settings)
-
-
-def deep_cache(rig: Rig, compiles: bool) -> Run:
-    pipe = rig.pipeline()
-    _deepcache_on(pipe)
-    _compiled(pipe, compiles)
-    return _pipeline_run(rig, pipe)
-
-
-def gated_with_deep_cache(rig: Rig, compiles: bool) -> Run:
-    pipe = rig.pipeline()
-    helper = _deepcache_on(pipe)
-    tgate = apply_tgate(pipe, rig.config, deepcache=helper)
-    _compiled(pipe, compiles)
-    return _pipeline_run(rig, pipe, callback_on_step_end=tgate)
-
-
-def _deepcache_on(pipe: Any) -> Any:
-    if not hasattr(pipe, "unet"):
-        raise ConfigError(f"`model` must have a UNet for DeepCache, got {type(pipe).__name__}. It skips its levels.")
-    helper = deepcache.make_helper(pipe, cache_interval=3, cache_branch_id=0)
-    helper.enable()
-    return helper
-
-
-def token_merging(rig: Rig, compiles: bool) -> Run:
-    pipe = rig.pipeline()
-    _package("tomesd").apply_patch(pipe, ratio=0.5)
-    _compiled(pipe, compiles)
-    return _pipeline_run(rig, pipe)
+    return _PipelineRun(rig, pipe, ways.stock(), pipe.tgate, **settings)
 
 
 def pyramid_attention_broadcast(rig: Rig, compiles: bool) -> Run:
@@ -248,14 +173,7 @@ def pyramid_attention_broadcast(rig: Rig, compiles: bool) -> Run:
         )
     )
     _compiled(pipe, compiles)
-    return _pipeline_run(rig, pipe)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(f"not installed: `pip install {name}`") from error
+    return _PipelineRun(rig, pipe, ways.stock())
 
 
 def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
@@ -265,15 +183,26 @@ def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
         rig: What they run.
         equal_steps: Steps of the stock pipeline with the gated run's arithmetic.
     """
+    gated = by_way(ways.gated(rig.config, "tgate_processors"))
+    dropping = _needs_guidance(by_way(ways.dropping_guidance(rig.gate_step, rig.known.steps, first=True)))
     return [
-        Contestant("stock", stock),
+        Contestant("stock", by_way(ways.stock())),
         Contestant("tgate_processors", gated),
         Contestant("surgical limit", surgical_limit),
-        Contestant("dropping guidance alone", dropping_guidance),
-        Contestant(f"fewer steps: {equal_steps}", fewer_steps(equal_steps), equal_steps),
+        Contestant("dropping guidance alone", dropping),
+        Contestant(f"fewer steps: {equal_steps}", by_way(ways.fewer_steps(equal_steps)), equal_steps),
         Contestant("tgate 1.0.0", tgate_original),
-        Contestant("DeepCache, interval 3", deep_cache),
-        Contestant("tgate_processors and DeepCache", gated_with_deep_cache),
-        Contestant("tomesd, ratio 0.5", token_merging),
+        Contestant("DeepCache, interval 3", by_way(ways.deep_cache(3))),
+        Contestant("tgate_processors and DeepCache", by_way(ways.deep_cache(3, rig.config))),
+        Contestant("tomesd, ratio 0.5", by_way(ways.token_merging(0.5))),
         Contestant("PyramidAttentionBroadcast", pyramid_attention_broadcast),
     ]
+
+
+def _needs_guidance(prepare: Callable[[Rig, bool], Run]) -> Callable[[Rig, bool], Run]:
+    def checked(rig: Rig, compiles: bool) -> Run:
+        if not rig.known.guidance:
+            raise ConfigError("`model` must have guidance to drop, got one without. Leave this contestant out.")
+        return prepare(rig, compiles)
+
+    return checked

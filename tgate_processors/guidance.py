@@ -4,13 +4,14 @@ The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, and need
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+FADING = 0.9  # of kept guidance, in a twenty-fifth of the run
 
 
 def sample_of(inputs: Inputs) -> torch.Tensor:
@@ -63,6 +64,35 @@ def _half(tensor: torch.Tensor, *, batch: int, first: bool) -> torch.Tensor:
 def double(output: Any) -> Any:
     """Both halves of a denoiser's output, or of a side network's, from its one branch."""
     return map_tensors(lambda tensor: torch.cat([tensor, tensor]), output)
+
+
+def difference_of_halves(output: Any, *, first: bool) -> list[torch.Tensor]:
+    """What the other branch puts out less what the one that goes on does, of each tensor in a denoiser's output.
+
+    Args:
+        output: Of both branches.
+        first: Whether the first half goes on.
+    """
+    differences = []
+
+    def subtract(tensor: torch.Tensor) -> torch.Tensor:
+        one, other = tensor.chunk(2) if first else reversed(tensor.chunk(2))
+        differences.append(other - one)
+        return tensor
+
+    map_tensors(subtract, output)
+    return differences
+
+
+def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: bool) -> Any:
+    """Both halves of a denoiser's output, from the branch that goes on and what the other one differs by."""
+    rest = iter(differences)
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        other = tensor + next(rest)
+        return torch.cat([tensor, other] if first else [other, tensor])
+
+    return map_tensors(add, output)
 
 
 def halves_are_equal(sample: torch.Tensor) -> bool:

@@ -45,12 +45,18 @@ def apply_tgate(
         The handle: the pipeline's `callback_on_step_end`, and a context manager that removes itself.
 
     Raises:
+        ConfigError: `config` asks for what this pipeline cannot do.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already, or shares a scheduler with a gated pipeline of the same denoiser.
     """
     if not isinstance(config, TGateConfig):
         raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
     pipelines.check_is_not_refused(pipe)
+    if config.look_interval is not None and pipelines.family_of(pipe).guidance is Guidance.CALLS:
+        raise ConfigError(
+            f"`look_interval` must be None for {type(pipe).__name__}, which calls its denoiser for each branch of "
+            f"guidance, got {config.look_interval}. Leave it out."
+        )
     for denoiser in pipelines.denoisers_of(pipe):
         check_can_be_gated(denoiser)
         _check_is_free(denoiser, pipe)
@@ -70,7 +76,7 @@ def apply_tgate(
 
 def _check_is_free(denoiser: torch.nn.Module, pipe: Any) -> None:
     name = type(denoiser).__name__
-    others = _handles_on(denoiser)
+    others = handles_on(denoiser)
     if any(handle.pipe is pipe for handle in others) or (is_gated(denoiser) and not others):
         raise StateError(
             f"`pipe` must not be gated already, got a gated {name}. "
@@ -83,7 +89,8 @@ def _check_is_free(denoiser: torch.nn.Module, pipe: Any) -> None:
         )
 
 
-def _handles_on(denoiser: torch.nn.Module) -> "list[TGate]":
+def handles_on(denoiser: torch.nn.Module) -> "list[TGate]":
+    """The handles of the gated pipelines that evaluate the denoiser."""
     loops = (getattr(interceptor, "loop", None) for interceptor in interceptors(denoiser))
     return [loop for loop in loops if isinstance(loop, TGate)]
 
@@ -122,7 +129,8 @@ class TGate:
         self._run: _Run | None = None
         self._foreign_timesteps: weakref.ref[torch.Tensor] | None = None
         negative_first = family.guidance is not Guidance.HALVES_POSITIVE_FIRST
-        first_half = ((config.branch or family.branch) == "negative") == negative_first
+        branch = config.branch or ("positive" if config.look_interval else family.branch)
+        first_half = (branch == "negative") == negative_first
         self._denoisers = [
             GatedNetwork(
                 module,
@@ -137,9 +145,9 @@ class TGate:
         side_networks = pipelines.side_networks_of(pipe)
         self._networks = [
             *self._denoisers,
-            *(GatedNetwork(module, config, self, first_half=first_half) for module in side_networks),
+            *(GatedNetwork(m, config, self, first_half=first_half, is_denoiser=False) for m in side_networks),
         ]
-        for other in _handles_on(self._denoisers[0].module):  # a run of one is no run of the other
+        for other in handles_on(self._denoisers[0].module):  # a run of one is no run of the other
             other._ignore_present_timesteps()
             self._ignore_present_timesteps()
         try:
@@ -254,6 +262,15 @@ class TGate:
             return
         for network in self._networks:
             network.advance(run.clock.step(evaluation))
+        if self.config.gate_step == "auto":
+            self._close_together()
+
+    def _close_together(self) -> None:
+        """What the gate of one denoiser has decided holds for all networks of the loop."""
+        gate_step = min(denoiser.gate.gate_step for denoiser in self._denoisers)
+        for network in self._networks:
+            if network.gate.gate_step != gate_step:
+                network.gate.close_at(gate_step)
 
     def _finish(self) -> None:
         assert self._run is not None

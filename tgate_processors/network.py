@@ -9,10 +9,20 @@ from tgate_processors.cost import Evaluation, on_meta
 from tgate_processors.deepcache import last_step_was_full, make_next_step_full
 from tgate_processors.errors import StateError
 from tgate_processors.gate import Gate
-from tgate_processors.guidance import Inputs, double, halves_are_equal, sample_of, take_half
+from tgate_processors.guidance import (
+    FADING,
+    Inputs,
+    difference_of_halves,
+    double,
+    halves_are_equal,
+    sample_of,
+    take_half,
+    with_difference,
+)
 from tgate_processors.installation import Installation
 from tgate_processors.interception import intercept, release
 from tgate_processors.schedule import TGateConfig
+from tgate_processors.watch import to_paper_steps
 
 
 class Loop(Protocol):
@@ -33,6 +43,7 @@ class GatedNetwork:
         config: The gate's settings.
         loop: The loop that it is evaluated in.
         first_half: Whether the branch that goes on after the gate is the batch's first half.
+        is_denoiser: Whether its output is guided: a ControlNet's is not, and it follows the denoiser's gate.
         a_call_a_branch: Whether the branches of guidance are calls, one after the other.
         deepcache: The `DeepCacheSDHelper` that is enabled on the network, where there is one.
     """
@@ -43,6 +54,8 @@ class GatedNetwork:
     num_calls: int  # with those that were left out
     calls_in_step: int
     inputs: Inputs | None  # of the first evaluation, on the meta device
+    _kept_guidance: list[torch.Tensor] | None  # what the branches differed by when the text was looked at
+    _kept_in_step: int
     _answer: Any  # of a step's first call, for the calls that are left out
 
     def __init__(
@@ -52,14 +65,15 @@ class GatedNetwork:
         loop: Loop,
         *,
         first_half: bool,
+        is_denoiser: bool = True,
         a_call_a_branch: bool = False,
         deepcache: Any = None,
     ) -> None:
         self.module = module
-        self.gate = Gate(config)
+        self.gate = Gate(config, first_half=first_half, follows=not is_denoiser)
         self.deepcache = deepcache
         self.loop = loop
-        self._first_half = first_half
+        self._keeps_guidance = is_denoiser and config.look_interval is not None
         self._a_call_a_branch = a_call_a_branch
         self._layers = Installation(module, self.gate)
         self._forget()
@@ -77,7 +91,7 @@ class GatedNetwork:
         """Undo `attach`. Safe to call twice."""
         release(self.module, self)
         self._layers.remove()
-        self._answer = None
+        self._answer = self._kept_guidance = None
 
     def begin(self, num_steps: int) -> None:
         """Begin a run, over whatever processors the layers have now and with nothing of the run before."""
@@ -93,7 +107,7 @@ class GatedNetwork:
 
     def finish(self) -> None:
         """End the run: nothing is kept."""
-        self._answer = None
+        self._answer = self._kept_guidance = None
         self.gate.stop()
         if self.deepcache is not None:
             make_next_step_full(self.deepcache)
@@ -105,7 +119,7 @@ class GatedNetwork:
             does_guidance: What the pipeline says; None where it says nothing.
             inputs: Of the call.
         """
-        if self.guided is not None or self.gate.step < self.gate.config.gate_step - 1:
+        if self.guided is not None or self.gate.step < self.gate.gate_step - 1:
             return
         sample = sample_of(inputs)
         if inputs[1].get("guess_mode", False):
@@ -142,12 +156,12 @@ class GatedNetwork:
             return None
         if self._a_call_a_branch:
             self.gate.begin_call(self.calls_in_step)
-        batch = sample_of(inputs).shape[0]
+        self.gate.batch = batch = sample_of(inputs).shape[0]
         self._folded = self.gate.closed and bool(self.guided) and batch == self._guided_batch
         self._batch = batch // 2 if self._folded else batch
         if self.deepcache is not None and self._deep_features_do_not_fit():
             make_next_step_full(self.deepcache)
-        return take_half(inputs, batch, first=self._first_half) if self._folded else inputs
+        return take_half(inputs, batch, first=self.gate.first_half) if self._folded else inputs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def after(self, output: Any) -> Any:
@@ -161,11 +175,22 @@ class GatedNetwork:
         shallow = self.deepcache is not None and not last_step_was_full(self.deepcache)
         self.evaluations.append(Evaluation(self.gate.mode, self._batch, shallow))
         if self._folded:
-            output = double(output)
+            output = self._both_halves(output)
+        elif self._keeps_guidance and self.gate.cross_attention.stores and self.guided is not False:
+            self._kept_guidance = difference_of_halves(output, first=self.gate.first_half)
+            self._kept_in_step = self.gate.step
         if self._a_call_a_branch and self.gate.closed:
             self._answer = output
         self.loop.leave(self)
         return output
+
+    def _both_halves(self, output: Any) -> Any:
+        if self._kept_guidance is None:
+            return double(output)
+        assert self.gate.schedule is not None
+        since = (self.gate.step - self._kept_in_step) / to_paper_steps(len(self.gate.schedule))
+        guidance = [FADING**since * difference for difference in self._kept_guidance]
+        return with_difference(output, guidance, first=self.gate.first_half)
 
     def _forget(self) -> None:
         self.guided = None
@@ -177,6 +202,8 @@ class GatedNetwork:
         self._batch = 0
         self._in_run = False
         self._folded = False
+        self._kept_guidance = None
+        self._kept_in_step = 0
         self._answer = None
 
     def _deep_features_do_not_fit(self) -> bool:

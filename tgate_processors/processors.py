@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tgate_processors.errors import UnsupportedPipelineError
-from tgate_processors.gate import Gate, mean_of_halves
+from tgate_processors.gate import Gate
 from tgate_processors.layers import attention_layers, check_can_be_gated, cross_attention_layers, is_joint
 from tgate_processors.schedule import AttentionMode
 
@@ -25,6 +25,7 @@ class GatedProcessor:
     gate: Gate | None = None
     below: Any = None  # the processor that this one stands in for
     is_cross_attention: bool = False
+    is_watched: bool = False  # whether the gate looks at its output to decide when to close
     cached: torch.Tensor | None = None
     owns_cached: bool = False
 
@@ -48,7 +49,7 @@ class GatedProcessor:
             mode = self.mode
             output: torch.Tensor = below(self, attn, hidden_states, *args, **kwargs)
             if mode is not AttentionMode.COMPUTE:
-                self._store(attn, hidden_states, output, mean=mode is AttentionMode.STORE_MEAN)
+                self._store(attn, hidden_states, output, mode)
             return output
 
         cls.__call__ = __call__  # type: ignore[method-assign]  # a signature for each class
@@ -56,9 +57,7 @@ class GatedProcessor:
     @property
     def mode(self) -> AttentionMode:
         """What the layer does in this step."""
-        if self.gate is None:
-            return AttentionMode.COMPUTE
-        return self.gate.cross_attention if self.is_cross_attention else self.gate.self_attention
+        return AttentionMode.COMPUTE if self.gate is None else self.gate.mode_of(self)
 
     @property
     def reuses(self) -> bool:
@@ -69,13 +68,15 @@ class GatedProcessor:
     def _is_offloaded(self) -> bool:
         return self.gate is not None and self.gate.config.offload_cache
 
-    def _store(self, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor, *, mean: bool) -> None:
+    def _store(self, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor, mode: AttentionMode) -> None:
         if _rescales(attn):
             output = output * attn.rescale_output_factor
         if _adds_residual(attn):
             output = output - hidden_states
-        output = mean_of_halves(output) if mean else output
-        self.cached = output.to("cpu") if self._is_offloaded else output
+        assert self.gate is not None
+        output = self.gate.kept(output, mode)
+        # what is watched is looked at after the step, where it is
+        self.cached = output.to("cpu") if self._is_offloaded and not self.is_watched else output
         self.owns_cached = False
 
     def _reuse(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -38,13 +38,19 @@ class Rig:
 
     def __post_init__(self) -> None:
         require_whole("batch", self.batch, least=1)
+        self.config.require_known_gate_step()
         if not self.known.guidance:
             return
-        if self.config.gate_step >= self.known.steps:
+        if self.gate_step >= self.known.steps:
             raise ConfigError(
-                f"`gate_step` must be below the number of steps to time both phases, got {self.config.gate_step} of "
+                f"`gate_step` must be below the number of steps to time both phases, got {self.gate_step} of "
                 f"{self.known.steps}. Pass a smaller one."
             )
+
+    @property
+    def gate_step(self) -> int:
+        """The first step after the gate."""
+        return self.config.schedule(self.known.steps).gate_step
 
     @cached_property
     def denoiser(self) -> Any:

@@ -64,15 +64,21 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
         cache_interval: Beside DeepCache with this interval and branch 0, gated and stock; None is without.
 
     Raises:
-        ConfigError: An argument breaks its rule.
+        ConfigError: An argument breaks its rule, or `config` leaves the gate step to the run.
         MissingPackageError: DeepCache is asked for and not installed.
     """
+    config.require_known_gate_step()
     model = known.build()
     helper = None if cache_interval is None else deepcache.make_helper(None, cache_interval, 0)
     batch = 2 if known.guidance else 1
     schedule = config.schedule(known.steps, guidance=known.guidance)
     folded = [known.guidance and mode.phase is Phase.FIDELITY for mode in schedule.modes]
-    starts = [step for step, mode in enumerate(schedule.modes) if _begins_anew(config, step, mode, folded[step])]
+    # where DeepCache's interval begins, as beside a running gate
+    starts = [
+        step
+        for step, mode in enumerate(schedule.modes)
+        if step == 0 or mode.cross_attention.stores or folded[step] != folded[step - 1]
+    ]
     gated = [
         Evaluation(mode, 1 if folded[step] else batch, _is_shallow(step, starts, cache_interval))
         for step, mode in enumerate(schedule.modes)
@@ -94,11 +100,6 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
         parameters_without_gated=parameters - cross,
         cache_bytes=peak // 2,  # counted in single precision
     )
-
-
-def _begins_anew(config: TGateConfig, step: int, mode: StepMode, folded: bool) -> bool:
-    """Whether DeepCache's interval begins at this step, as beside a running gate."""
-    return step == 0 or mode.cross_attention.stores or (folded and step == config.gate_step)
 
 
 def _is_shallow(step: int, starts: list[int], cache_interval: int | None) -> bool:

@@ -15,6 +15,8 @@ from tgate_processors.errors import ConfigError
 
 
 Branch = Literal["negative", "positive"]
+GateStep = int | float | Literal["auto"]
+LEAST_STEPS_FOR_AUTO = 5  # two changes are measured, in steps 1 and 2; step 3 stores; step 4 is the first to gain
 
 
 class AttentionMode(Enum):
@@ -23,12 +25,13 @@ class AttentionMode(Enum):
     COMPUTE = "compute"
     STORE = "compute, store"
     STORE_MEAN = "compute, store the mean of the halves"
+    STORE_HALF = "compute, store the half that goes on"
     REUSE = "reuse"
 
     @property
     def stores(self) -> bool:
         """Whether the output is kept."""
-        return self in (AttentionMode.STORE, AttentionMode.STORE_MEAN)
+        return self not in (AttentionMode.COMPUTE, AttentionMode.REUSE)
 
 
 class Phase(Enum):
@@ -40,7 +43,8 @@ class StepMode(Enum):
     """The legal states of a step: its phase, the mode of cross-attention, the mode of self-attention.
 
     `CLOSING` is the last step of the planning phase. With classifier-free guidance it stores the mean of the
-    two halves of the batch, since one branch goes on; without guidance (`_UNGUIDED`) it stores what it has.
+    two halves of the batch, since one branch goes on; without guidance (`_UNGUIDED`) it stores what it has. Where the
+    run looks at its text again, each look is such a step, and stores the half that goes on (`LOOKING`).
     """
 
     PLANNING = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.COMPUTE
@@ -50,6 +54,8 @@ class StepMode(Enum):
     CLOSING_STORE_SELF = Phase.PLANNING, AttentionMode.STORE_MEAN, AttentionMode.STORE_MEAN
     CLOSING_UNGUIDED = Phase.PLANNING, AttentionMode.STORE, AttentionMode.COMPUTE
     CLOSING_UNGUIDED_STORE_SELF = Phase.PLANNING, AttentionMode.STORE, AttentionMode.STORE
+    LOOKING = Phase.PLANNING, AttentionMode.STORE_HALF, AttentionMode.COMPUTE
+    LOOKING_STORE_SELF = Phase.PLANNING, AttentionMode.STORE_HALF, AttentionMode.STORE_HALF
     FIDELITY = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.COMPUTE
     FIDELITY_STORE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.STORE
     FIDELITY_REUSE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.REUSE
@@ -72,14 +78,22 @@ class TGateConfig:
     """How a run is gated.
 
     Args:
-        gate_step: Number of steps in the semantics-planning phase, at least 1. With `gate_step` at or past the
-            number of steps the gate never closes: with `sp_interval=1` that is the plain pipeline.
+        gate_step: Number of steps in the semantics-planning phase: a count of at least 1, a fraction of the run
+            between 0 and 1, or `"auto"`, with which each run closes its gate when its own cross-attention has
+            converged. With a count at or past the number of steps the gate never closes: with `sp_interval=1` that
+            is the plain pipeline.
         sp_interval: In the planning phase self-attention is computed on every `sp_interval`-th step after
             `warm_up` and reused between; 1 computes it on every step.
         fi_interval: The same for the fidelity-improving phase. The papers find any value but 1 destructive.
         warm_up: Steps at the start on which self-attention is always computed.
         branch: Which branch of classifier-free guidance is denoised after the gate. `None` takes the
-            pipeline family's: `"negative"` as the original, `"positive"` for Stable Video Diffusion.
+            pipeline family's: `"negative"` as the original, `"positive"` for Stable Video Diffusion; with
+            `look_interval` it takes `"positive"`.
+        look_interval: After the gate, every `look_interval`-th step looks at the text again: it is computed as before
+            the gate. Between two looks one branch goes on, and the guidance of the last look is kept, fading. At
+            least 2; None is the papers' method, which drops guidance and does not look again.
+        tolerance: With `gate_step="auto"`: the relative change of cross-attention's output in a twenty-fifth of the
+            run, between 0 and 1, under which it has converged. `measure_convergence` shows a model's own.
         offload_cache: Keep stored outputs in the host's memory: for those at their device's limit, since each step
             after the gate then waits for them.
 
@@ -88,15 +102,17 @@ class TGateConfig:
     """
 
     _: KW_ONLY
-    gate_step: int
+    gate_step: GateStep
     sp_interval: int = 1
     fi_interval: int = 1
     warm_up: int = 0
     branch: Branch | None = None
+    look_interval: int | None = None
+    tolerance: float = 0.08
     offload_cache: bool = False
 
     def __post_init__(self) -> None:
-        require_whole("gate_step", self.gate_step, least=1)
+        _require_gate_step(self.gate_step)
         require_whole("sp_interval", self.sp_interval, least=1)
         require_whole("fi_interval", self.fi_interval, least=1)
         require_whole("warm_up", self.warm_up, least=0)
@@ -105,6 +121,9 @@ class TGateConfig:
                 f'`branch` must be "negative", "positive" or None, got {self.branch!r}. '
                 "Leave it out to denoise the branch that the original denoises."
             )
+        if self.look_interval is not None:
+            require_whole("look_interval", self.look_interval, least=2)
+        require_tolerance(self.tolerance)
         if not isinstance(self.offload_cache, bool):
             raise ConfigError(f"`offload_cache` must be True or False, got {self.offload_cache!r}. Pass one of these.")
 
@@ -112,6 +131,14 @@ class TGateConfig:
     def reuses_self_attention(self) -> bool:
         """Whether any run can reuse self-attention."""
         return self.sp_interval > 1 or self.fi_interval > 1
+
+    def require_known_gate_step(self) -> None:
+        """Raise `ConfigError` where it is left to the run."""
+        if self.gate_step == "auto":
+            raise ConfigError(
+                '`gate_step` must be a count or a fraction where nothing is run, got "auto", which a run decides. '
+                "Pass for example `gate_step=0.4`."
+            )
 
     def schedule(self, num_inference_steps: int, *, guidance: bool = True) -> "Schedule":
         """The modes of a run of `num_inference_steps` steps; print it for a table."""
@@ -127,32 +154,20 @@ def require_whole(name: str, value: object, *, least: int) -> None:
         )
 
 
-def step_mode(config: TGateConfig, step: int, num_inference_steps: int, guidance: bool) -> StepMode:
-    """What happens in step `step` (0-based) of `num_inference_steps`, with or without guidance."""
-    self_attention = _self_attention(config, step, num_inference_steps)
-    if step >= config.gate_step:
-        return StepMode((Phase.FIDELITY, AttentionMode.REUSE, self_attention))
-    closes = step == config.gate_step - 1 and step + 1 < num_inference_steps
-    if not closes:
-        return StepMode((Phase.PLANNING, AttentionMode.COMPUTE, self_attention))
-    store = AttentionMode.STORE_MEAN if guidance else AttentionMode.STORE
-    if self_attention is AttentionMode.STORE:
-        self_attention = store
-    return StepMode((Phase.PLANNING, store, self_attention))
+def _require_gate_step(value: object) -> None:
+    if value == "auto" or (isinstance(value, float) and 0 < value < 1):
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(
+            f'`gate_step` must be a whole number of at least 1, a fraction between 0 and 1, or "auto", got {value!r}. '
+            "Pass for example `gate_step=10`, or `gate_step=0.4` for two fifths of the steps."
+        )
 
 
-def _self_attention(config: TGateConfig, step: int, num_inference_steps: int) -> AttentionMode:
-    if _reuses_self(config, step):
-        return AttentionMode.REUSE
-    # Nothing is stored that no later step reads: whatever comes next stores anew unless it reuses.
-    read = step + 1 < num_inference_steps and _reuses_self(config, step + 1)
-    return AttentionMode.STORE if read else AttentionMode.COMPUTE
-
-
-def _reuses_self(config: TGateConfig, step: int) -> bool:
-    if step >= config.gate_step:
-        return step % config.fi_interval != 0
-    return config.warm_up < step < config.gate_step - 1 and step % config.sp_interval != 0
+def require_tolerance(value: object) -> None:
+    """Raise `ConfigError` unless `value` is a number between 0 and 1."""
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ConfigError(f"`tolerance` must be a number between 0 and 1, got {value!r}. Pass for example 0.08.")
 
 
 class Schedule:
@@ -162,18 +177,23 @@ class Schedule:
         config: The gate's settings.
         num_inference_steps: Number of steps that are run, at least 1.
         guidance: Whether the run has two branches of classifier-free guidance, one of which is dropped.
+        closes_at: What a run with `gate_step="auto"` has decided; None: nothing yet.
+
+    Attributes:
+        gate_step: The first step, 0-based, after the gate; the number of steps or more where it does not close.
 
     Raises:
-        ConfigError: `num_inference_steps` is no whole number of at least 1.
+        ConfigError: `num_inference_steps` is no whole number of at least 1, or too few for `gate_step="auto"`.
     """
 
-    def __init__(self, config: TGateConfig, num_inference_steps: int, *, guidance: bool = True) -> None:
+    def __init__(
+        self, config: TGateConfig, num_inference_steps: int, *, guidance: bool = True, closes_at: int | None = None
+    ) -> None:
         require_whole("num_inference_steps", num_inference_steps, least=1)
         self.config = config
         self.guidance = guidance
-        self.modes = tuple(
-            step_mode(config, step, num_inference_steps, guidance) for step in range(num_inference_steps)
-        )
+        self.gate_step = _gate_step(config, num_inference_steps) if closes_at is None else closes_at
+        self.modes = tuple(self._mode(step, num_inference_steps) for step in range(num_inference_steps))
 
     def __len__(self) -> int:
         return len(self.modes)
@@ -189,6 +209,47 @@ class Schedule:
             span = f"{first}-{rest[-1]}" if rest else f"{first}"
             rows.append((span, mode.phase.value, mode.cross_attention.value, mode.self_attention.value, branches))
         return format_table(rows)
+
+    def _mode(self, step: int, num_inference_steps: int) -> StepMode:
+        # Nothing is stored that no later step reads: whatever comes next stores anew unless it reuses.
+        is_last = step + 1 == num_inference_steps
+        self_attention = AttentionMode.COMPUTE
+        if self._reuses_self(step):
+            self_attention = AttentionMode.REUSE
+        elif not is_last and self._reuses_self(step + 1):
+            self_attention = AttentionMode.STORE
+        if step >= self.gate_step and not self._looks(step):
+            return StepMode((Phase.FIDELITY, AttentionMode.REUSE, self_attention))
+        if step < self.gate_step - 1 or is_last:
+            return StepMode((Phase.PLANNING, AttentionMode.COMPUTE, self_attention))
+        store = AttentionMode.STORE
+        if self.guidance:
+            store = AttentionMode.STORE_MEAN if self.config.look_interval is None else AttentionMode.STORE_HALF
+        return StepMode((Phase.PLANNING, store, store if self_attention.stores else self_attention))
+
+    def _looks(self, step: int) -> bool:
+        interval = self.config.look_interval
+        return interval is not None and (step - self.gate_step + 1) % interval == 0
+
+    def _reuses_self(self, step: int) -> bool:
+        if step >= self.gate_step:
+            if self._looks(step):
+                return False
+            return step % self.config.fi_interval != 0
+        return self.config.warm_up < step < self.gate_step - 1 and step % self.config.sp_interval != 0
+
+
+def _gate_step(config: TGateConfig, num_inference_steps: int) -> int:
+    if config.gate_step == "auto":
+        if num_inference_steps < LEAST_STEPS_FOR_AUTO:
+            raise ConfigError(
+                f'`num_inference_steps` must be at least {LEAST_STEPS_FOR_AUTO} with `gate_step="auto"`, got '
+                f"{num_inference_steps}: there is no time to measure. Pass a count, for example `gate_step=1`."
+            )
+        return num_inference_steps
+    if isinstance(config.gate_step, float):
+        return max(1, round(config.gate_step * num_inference_steps))
+    return config.gate_step
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,13 +1,15 @@
 """What a gated run did, as a record that prints."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from statistics import fmean
 
 from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, total
 from tgate_processors.guidance import sample_of
 from tgate_processors.network import GatedNetwork
 from tgate_processors.schedule import Phase, Schedule, StepMode, TGateConfig
+from tgate_processors.watch import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Summary:
         cost: The arithmetic and the calls of attention layers of all of these.
         stock_macs: Multiply-accumulates of the stock pipeline's calls.
         cache_bytes: Bytes of attention output kept at the peak.
+        changes: Where the run decided itself: of cross-attention in the steps from 1 on, by which it decided.
     """
 
     schedule: Schedule
@@ -29,6 +32,7 @@ class Summary:
     cost: Cost
     stock_macs: int
     cache_bytes: int
+    changes: tuple[float, ...] = ()
 
     @property
     def gate_closed_at(self) -> int | None:
@@ -52,6 +56,7 @@ class Summary:
         return "\n".join(
             [
                 f"steps             {len(self.schedule)}, gate {closed}",
+                *self._reason(),
                 f"evaluations       {_batches(self.evaluations)}",
                 *(f"  of a ControlNet {_batches(evaluations)}" for evaluations in self.side_evaluations),
                 f"cross-attention   {cost.cross_computed} calls computed, {cost.cross_reused} reused",
@@ -62,10 +67,17 @@ class Summary:
             ]
         )
 
+    def _reason(self) -> list[str]:
+        if not self.changes:
+            return []
+        last = ", ".join(f"{change:.3f}" for change in self.changes[-PATIENCE:])
+        word = "not all under" if self.gate_closed_at is None else "under"
+        return [f"  of itself       cross-attention changed by {last}: {word} {self.schedule.config.tolerance:g}"]
+
 
 def _batches(evaluations: Sequence[Evaluation]) -> str:
-    runs = groupby(evaluation.batch for evaluation in evaluations)
-    batches = " + ".join(f"{len(list(run))} x {batch}" for batch, run in runs)
+    counts = Counter(evaluation.batch for evaluation in evaluations)
+    batches = " + ".join(f"{count} x {batch}" for batch, count in counts.items())
     shallow = sum(evaluation.shallow for evaluation in evaluations)
     return f"{len(evaluations)}, batches {batches}" + (f", {shallow} of them shallow" if shallow else "")
 
@@ -75,13 +87,15 @@ def summarize(
 ) -> Summary:
     """The record of a run that these networks were evaluated in."""
     counted = [(network, *_counted(network, config)) for network in (*denoisers, *side_networks) if network.inputs]
+    gate = denoisers[0].gate
     guided = any(network.guided or network.num_calls > len(network.evaluations) for network in denoisers)
     return Summary(
-        schedule=Schedule(config, num_steps, guidance=guided),
+        schedule=Schedule(config, num_steps, guidance=guided, closes_at=gate.closes_at),
         evaluations=tuple(evaluation for denoiser in denoisers for evaluation in denoiser.evaluations),
         side_evaluations=tuple(tuple(network.evaluations) for network in side_networks),
         cost=sum((cost for _, cost, _ in counted), Cost()),
         stock_macs=sum(stock for _, _, stock in counted),
+        changes=tuple(map(fmean, gate.watch.changes)),
         cache_bytes=sum(network.gate.peak_cache_bytes for network, _, _ in counted),
     )
 

@@ -1,0 +1,261 @@
+"""How a model's cross-attention converges over a run: the curve of the papers' figure 2, and the gate step in it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tgate_processors.errors import ConfigError, StateError
+from tgate_processors.handle import apply_tgate
+from tgate_processors.layers import cross_attention_layers
+from tgate_processors.pipelines import denoisers_of, takes_callback
+from tgate_processors.plotting import BLUE, GREY, RED, new_figure
+from tgate_processors.schedule import TGateConfig, require_tolerance
+from tgate_processors.watch import has_converged, watched_layers
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How much cross-attention's outputs change from one step to the next in the stock pipeline.
+
+    Args:
+        changes: `(prompts, steps - 1, layers)`: `|output - output before| / |output before|`, in a twenty-fifth of
+            the run, of the branch of guidance that changed most.
+        layers: Names of the layers.
+        settings: How it was measured.
+    """
+
+    changes: Tensor
+    layers: tuple[str, ...]
+    settings: dict[str, Any]
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.changes.shape[1] + 1
+
+    def median(self) -> Tensor:
+        """`(steps - 1,)`: over layers and prompts."""
+        return self.changes.transpose(0, 1).flatten(1).median(1).values
+
+    def band(self) -> tuple[Tensor, Tensor]:
+        """`(steps - 1,)` each: the quarter and the three-quarter quantile over layers, of their medians over prompts."""
+        by_layer = self.changes.median(0).values
+        return by_layer.quantile(0.25, 1), by_layer.quantile(0.75, 1)
+
+    def gate_steps(self, tolerance: float = TGateConfig.tolerance) -> list[int]:
+        """Where `gate_step="auto"` closes the gate for each prompt; the number of steps where it does not.
+
+        Raises:
+            ConfigError: `tolerance` is not between 0 and 1.
+        """
+        require_tolerance(tolerance)
+        watched = self.changes[:, :, watched_layers(len(self.layers))].tolist()
+        return [self._gate_step(changes, tolerance) for changes in watched]
+
+    def _gate_step(self, changes: list[list[float]], tolerance: float) -> int:
+        # the change at index i is known after step i + 1; step i + 2 stores
+        steps = self.num_inference_steps
+        closing = (i + 3 for i in range(len(changes)) if has_converged(changes[: i + 1], steps, tolerance))
+        return min(next(closing, steps), steps)
+
+    def gate_step(self, tolerance: float = TGateConfig.tolerance) -> int:
+        """The gate step of the middle prompt.
+
+        Raises:
+            ConfigError: `tolerance` is not between 0 and 1.
+        """
+        return median_low(self.gate_steps(tolerance))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the layers and the settings as its metadata."""
+        metadata = {"layers": json.dumps(self.layers), "settings": json.dumps(self.settings)}
+        save_file({"changes": self.changes.contiguous()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Convergence":
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: There is no such file, or it holds something else.
+        """
+        if not Path(path).is_file():
+            raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r}: no file.")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if not {"layers", "settings"} <= metadata.keys():
+                raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r} of something else.")
+            layers, settings = (json.loads(metadata[name]) for name in ("layers", "settings"))
+            return cls(file.get_tensor("changes"), tuple(layers), settings)
+
+
+def measure_convergence(
+    pipe: Any, prompts: Sequence[str], *, num_inference_steps: int, seed: int = 0, **call_kwargs: Any
+) -> Convergence:
+    """Run the stock pipeline for each prompt and measure how its cross-attention changes, with a progress bar.
+
+    Args:
+        pipe: A pipeline, not gated.
+        prompts: What to draw.
+        num_inference_steps: Denoising steps, at least 5.
+        seed: Prompt i starts from the noise of `seed + i`.
+        call_kwargs: Of the pipeline's call, such as `guidance_scale`.
+
+    Raises:
+        ConfigError: There is no prompt, or too few steps.
+        UnsupportedPipelineError: Nothing in the pipeline can be gated.
+        StateError: The pipeline is gated already.
+    """
+    require_prompts(prompts)
+    config = TGateConfig(gate_step="auto")
+    config.schedule(num_inference_steps)  # says if these are too few
+    kwargs: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "latent"} | call_kwargs
+    changes = []
+    with apply_tgate(pipe, config, callback_on_step_end=kwargs.pop("callback_on_step_end", None)) as tgate:
+        tgate.gate.watches_all = True
+        if takes_callback(pipe):
+            kwargs["callback_on_step_end"] = tgate
+        for index, prompt in enumerate(tqdm(prompts, desc="measuring", unit="prompt")):
+            pipe(prompt, generator=torch.Generator().manual_seed(seed + index), **kwargs)
+            changes.append(tgate.gate.watch.changes)
+    layers = tuple(cross_attention_layers(denoisers_of(pipe)[0]))
+    if {len(row) for rows in changes for row in rows} != {len(layers)}:
+        raise StateError(
+            "`pipe` must evaluate all of its cross-attention in every step to be measured, got steps without. "
+            "Disable what skips layers, such as DeepCache."
+        )
+    settings = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "num_inference_steps": num_inference_steps,
+        "prompts": list(prompts),
+        "seed": seed,
+        **{name: value for name, value in call_kwargs.items() if isinstance(value, int | float | str)},
+    }
+    return Convergence(torch.tensor(changes), layers, settings)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The gate step that a convergence suggests.
+
+    Args:
+        gate_step: Of the middle prompt.
+        num_inference_steps: Of the run.
+        gate_steps: Of each prompt.
+        tolerance: By which they were found.
+        changes: `(steps - 1,)`: the median change of each step from the second on.
+        macs_saved: The part of the stock pipeline's arithmetic that a run with this gate step saves, 0 to 1.
+    """
+
+    gate_step: int
+    num_inference_steps: int
+    gate_steps: tuple[int, ...]
+    tolerance: float
+    changes: tuple[float, ...]
+    macs_saved: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        changes = " ".join(f"{change:.3f}" for change in self.changes)
+        if self.gate_step >= self.num_inference_steps:
+            return (
+                f"change of cross-attention since the step before, from step 1 on:\n{changes}\n"
+                f"it does not stay under {self.tolerance:g} for the middle one of {len(self.gate_steps)} prompts: "
+                "no gate step is suggested. A larger tolerance closes earlier."
+            )
+        return (
+            f"change of cross-attention since the step before, from step 1 on:\n{changes}\n"
+            f"gate step {self.gate_step} of {self.num_inference_steps}: the middle one of {len(self.gate_steps)} "
+            f"prompts stays under {self.tolerance:g} ({min(self.gate_steps)} to {max(self.gate_steps)})\n"
+            f"saves {self.macs_saved:.1%} of the arithmetic, {1 / (1 - self.macs_saved):.2f}x less\n"
+            f"use TGateConfig(gate_step={self.gate_step}), or for each prompt its own: "
+            f'TGateConfig(gate_step="auto", tolerance={self.tolerance:g})'
+        )
+
+
+def suggestion(
+    pipe: Any, convergence: Convergence, tolerance: float = TGateConfig.tolerance, **call_kwargs: Any
+) -> Suggestion:
+    """What the convergence suggests, and what that saves in a run of its first prompt.
+
+    Args:
+        pipe: The pipeline that was measured.
+        convergence: What was measured.
+        tolerance: Under which cross-attention has converged, between 0 and 1.
+        call_kwargs: Of the pipeline's call, such as `guidance_scale`.
+
+    Raises:
+        ConfigError: `tolerance` is not between 0 and 1.
+    """
+    settings = convergence.settings
+    gate_step = convergence.gate_step(tolerance)
+    kwargs: dict[str, Any] = {"num_inference_steps": settings["num_inference_steps"], "output_type": "latent"}
+    with apply_tgate(pipe, TGateConfig(gate_step=gate_step)) as tgate:
+        if takes_callback(pipe):
+            kwargs["callback_on_step_end"] = tgate
+        pipe(settings["prompts"][0], **kwargs | call_kwargs)
+        saved = tgate.summary().macs_saved
+    return Suggestion(
+        gate_step,
+        convergence.num_inference_steps,
+        tuple(convergence.gate_steps(tolerance)),
+        tolerance,
+        tuple(convergence.median().tolist()),
+        saved,
+    )
+
+
+def require_prompts(prompts: Sequence[str]) -> None:
+    """Raise `ConfigError` unless `prompts` is a list of at least one."""
+    if isinstance(prompts, str) or not prompts:
+        raise ConfigError(f"`prompts` must be a list of at least one prompt, got {prompts!r}. Pass a list.")
+
+
+def plot(convergence: Convergence, path: Path, *, tolerance: float = TGateConfig.tolerance) -> None:
+    """The median with its band over layers, and a map of layers by steps, as a picture that stands alone.
+
+    Raises:
+        ConfigError: `tolerance` is not between 0 and 1.
+        MissingPackageError: `matplotlib` is not installed.
+    """
+    gate_steps = convergence.gate_steps(tolerance)
+    figure = new_figure(9, 7)
+    curve, layer_map = figure.subplots(2, 1, height_ratios=[3, 2], sharex=True)
+    steps = range(1, convergence.num_inference_steps)
+    curve.fill_between(steps, *convergence.band(), color="#cfdceb", label="middle half of the layers")
+    curve.plot(steps, convergence.median(), color=BLUE, label="median of layers and prompts")
+    curve.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
+    label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
+    curve.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
+    curve.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
+    curve.set_ylim(bottom=0)
+    curve.legend(frameon=False)
+    curve.spines[["top", "right"]].set_visible(False)
+    settings = convergence.settings
+    curve.set_title(
+        f"Cross-attention from step to step: {settings['pipeline']}, {settings['scheduler']}, "
+        f"{convergence.num_inference_steps} steps, {len(convergence.changes)} prompts",
+        fontsize=10,
+        loc="left",
+    )
+    image = layer_map.imshow(
+        convergence.changes.median(0).values.T,
+        aspect="auto",
+        cmap="viridis",
+        extent=(0.5, len(steps) + 0.5, len(convergence.layers), 0),
+        vmax=float(convergence.changes.median(0).values.quantile(0.95)),
+    )
+    layer_map.set_ylabel(f"layer, of {len(convergence.layers)}")
+    layer_map.set_xlabel("step")
+    figure.colorbar(image, ax=layer_map, label="median over prompts")
+    figure.savefig(path, dpi=150)

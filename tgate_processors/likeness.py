@@ -1,0 +1,81 @@
+"""How like one another pictures are, and how well they fit their prompts, by torchmetrics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgate_processors.errors import MissingPackageError
+
+
+def psnr(pictures: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+
+    Raises:
+        MissingPackageError: `torchmetrics` is not installed.
+    """
+    measured: Tensor = _functional().peak_signal_noise_ratio(
+        pictures, others, data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    return measured
+
+
+def ssim(pictures: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity, at most 1, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+
+    Raises:
+        MissingPackageError: `torchmetrics` is not installed.
+    """
+    measured: Tensor = _functional().structural_similarity_index_measure(
+        pictures, others, data_range=1.0, reduction="none"
+    )
+    return measured
+
+
+def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
+    """CLIP score, 0 to 100, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+
+    Args:
+        pictures: What was drawn.
+        prompts: What should have been.
+        model: A CLIP model's folder or its name on the hub.
+
+    Raises:
+        MissingPackageError: `torchmetrics` is not installed.
+    """
+    _functional()
+    from torchmetrics.multimodal import CLIPScore
+
+    metric = CLIPScore(model)  # type: ignore[arg-type]  # a folder will do
+    pairs = zip((pictures * 255).round().to(torch.uint8), prompts, strict=True)
+    return torch.stack([metric(picture, prompt) for picture, prompt in pairs])
+
+
+def frechet_distance(pictures: Tensor, real: Tensor, features: torch.nn.Module) -> float:
+    """Fréchet distance between the features of pictures and of real ones.
+
+    Args:
+        pictures, real: `(count, 3, height, width)` in 0..1; more than there are features.
+        features: From such a batch to `(count, features)`, their number in its `num_features`.
+
+    Raises:
+        MissingPackageError: `torchmetrics` is not installed.
+    """
+    _functional()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=features, normalize=True)
+    metric.update(real, real=True)
+    metric.update(pictures, real=False)
+    return float(metric.compute())
+
+
+def _functional() -> Any:
+    try:
+        from torchmetrics.functional import image
+    except ImportError as error:
+        raise MissingPackageError(
+            "`torchmetrics` must be installed to measure quality. Run `pip install 'tgate-processors[quality]'`."
+        ) from error
+    return image

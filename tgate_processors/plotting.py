@@ -1,0 +1,23 @@
+"""Figures and their colours: matplotlib is an extra, and is asked for in one place."""
+
+from typing import Any
+
+from tgate_processors.errors import MissingPackageError
+
+
+BLUE, RED, GREY, PALE = "#2f6fb0", "#c0392b", "#8a8a92", "#b9c2cc"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of this many inches.
+
+    Raises:
+        MissingPackageError: `matplotlib` is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            "`matplotlib` must be installed to plot. Run `pip install 'tgate-processors[plot]'`."
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")

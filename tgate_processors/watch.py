@@ -1,0 +1,84 @@
+"""Watching cross-attention converge while a pipeline runs: what `gate_step="auto"` decides by."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+
+NUM_WATCHED = 4  # layers, evenly spread over the network: their outputs are kept for a step
+PATIENCE = 2  # steps of the papers' runs for which it stays under the tolerance: single changes are noisy
+PAPER_STEPS = 25  # of the papers' runs; a step of a shorter run is a larger part of it, and changes more
+
+
+def watched_layers(count: int) -> list[int]:
+    """Which of `count` cross-attention layers are watched."""
+    watched = min(NUM_WATCHED, count)
+    return [(2 * index + 1) * count // (2 * watched) for index in range(watched)]
+
+
+def to_paper_steps(num_steps: int) -> float:
+    """The factor from a change in one of `num_steps` steps to that in a twenty-fifth of the run."""
+    return num_steps / PAPER_STEPS
+
+
+def last_changes(changes: Sequence[Sequence[float]], num_steps: int) -> list[float]:
+    """What decides: the changes of the last steps, each the mean over layers.
+
+    Args:
+        changes: Of one step after the other, for each watched layer.
+        num_steps: Of the run.
+    """
+    patience = max(PATIENCE, round(PATIENCE * to_paper_steps(num_steps)))
+    return [fmean(layers) for layers in changes[-patience:]] if len(changes) >= patience else []
+
+
+def has_converged(changes: Sequence[Sequence[float]], num_steps: int, tolerance: float) -> bool:
+    """Whether the last changes all stayed under the tolerance."""
+    last = last_changes(changes, num_steps)
+    return bool(last) and max(last) < tolerance
+
+
+class Watch:
+    """The changes of a run, step by step.
+
+    Args:
+        num_steps: Of the run.
+
+    Attributes:
+        changes: For each step from the second on: how much the output of each layer changed since the step before,
+            relative to it and in a twenty-fifth of the run; of the sample that changed most.
+        before: What the layers put out in the last step.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.changes: list[list[float]] = []
+        self.before: list[Tensor | None] = []
+        self._scale = to_paper_steps(num_steps)
+
+    def look(self, outputs: Sequence[Tensor | None], batch: int) -> None:
+        """Take note of what the layers put out in a step; waits for the device once.
+
+        A layer that was not evaluated in the step, as beside DeepCache, has the very output of the step before.
+
+        Args:
+            outputs: Of each layer, `(rows, tokens, channels)`; a sample may have several rows, as frames.
+            batch: Number of samples.
+        """
+        pairs = [
+            (now, before)
+            for now, before in zip(outputs, self.before, strict=False)  # nothing is before the first step
+            if now is not None and before is not None and now is not before
+        ]
+        self.before = list(outputs)
+        if pairs:
+            changes = torch.stack([_relative_change(now, before, batch).max() for now, before in pairs])
+            self.changes.append((changes * self._scale).tolist())
+
+
+def _relative_change(now: Tensor, before: Tensor, batch: int) -> Tensor:
+    now, before = now.reshape(batch, -1), before.reshape(batch, -1)
+    change = torch.linalg.vector_norm(now - before, dim=1, dtype=torch.float32)
+    size = torch.linalg.vector_norm(before, dim=1, dtype=torch.float32)
+    return torch.nan_to_num(change / size, nan=0.0)  # nothing that stays nothing

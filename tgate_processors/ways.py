@@ -1,0 +1,170 @@
+"""Ways to run a pipeline faster, this library's and others: each is put on for a while and taken off again."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from tgate_processors import deepcache
+from tgate_processors.errors import ConfigError, MissingPackageError
+from tgate_processors.guidance import Inputs, double, sample_of, take_half
+from tgate_processors.handle import apply_tgate
+from tgate_processors.interception import intercept, release
+from tgate_processors.pipelines import denoisers_of, takes_callback
+from tgate_processors.schedule import TGateConfig
+
+
+Changes = dict[str, Any]  # of the arguments of a pipeline's call
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a pipeline.
+
+    Args:
+        name: What people call it.
+        on: Puts it on a pipeline while its context lasts, and gives the changes of the pipeline's arguments.
+    """
+
+    name: str
+    on: Callable[[Any], AbstractContextManager[Changes]]
+
+
+def stock() -> Way:
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        yield {}
+
+    return Way("stock", on)
+
+
+def gated(config: TGateConfig, name: str) -> Way:
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        with apply_tgate(pipe, config) as tgate:
+            yield {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
+
+    return Way(name, on)
+
+
+class _DropsGuidance:
+    """Half of the batch after the gate, with cross-attention computed: what of a gain is not T-GATE's own."""
+
+    def __init__(self, gate_step: int, num_steps: int, *, first: bool) -> None:
+        self.gate_step = gate_step
+        self.num_steps = num_steps
+        self.first = first
+        self.evaluations = 0
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    def before(self, inputs: Inputs) -> Inputs:
+        self.drops = self.evaluations % self.num_steps >= self.gate_step
+        self.evaluations += 1
+        return take_half(inputs, sample_of(inputs).shape[0], first=self.first) if self.drops else inputs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    def after(self, output: Any) -> Any:
+        return double(output) if self.drops else output
+
+
+def dropping_guidance(gate_step: int, num_steps: int, *, first: bool = False) -> Way:
+    """One branch after the gate, and its cross-attention computed.
+
+    Args:
+        gate_step: Steps with both branches.
+        num_steps: Of the run, one evaluation each.
+        first: Whether the first half of the batch goes on, which is the negative branch.
+    """
+
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        denoiser = denoisers_of(pipe)[0]
+        dropper = _DropsGuidance(gate_step, num_steps, first=first)
+        intercept(denoiser, dropper)
+        try:
+            yield {}
+        finally:
+            release(denoiser, dropper)
+
+    return Way(f"guidance dropped after {gate_step}", on)
+
+
+def fewer_steps(steps: int) -> Way:
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        yield {"num_inference_steps": steps}
+
+    return Way(f"fewer steps: {steps}", on)
+
+
+def deep_cache(interval: int, config: TGateConfig | None = None) -> Way:
+    """DeepCache, of its branch 0; with `config` gated too."""
+
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        if not hasattr(pipe, "unet"):
+            raise ConfigError(f"`pipe` must have a UNet for DeepCache, got {type(pipe).__name__}. Leave this way out.")
+        helper = deepcache.make_helper(pipe, interval, 0)
+        with deepcache.enabled(helper):
+            if config is None:
+                yield {}
+                return
+            with apply_tgate(pipe, config, deepcache=helper) as tgate:
+                yield {"callback_on_step_end": tgate}
+
+    name = f"DeepCache, interval {interval}"
+    return Way(name if config is None else f"{name}, gated", on)
+
+
+def token_merging(ratio: float, config: TGateConfig | None = None) -> Way:
+    """tomesd; with `config` gated too."""
+
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        tomesd = package("tomesd")
+        tomesd.apply_patch(pipe, ratio=ratio)
+        try:
+            with (stock() if config is None else gated(config, "")).on(pipe) as changes:
+                yield changes
+        finally:
+            tomesd.remove_patch(pipe)
+
+    name = f"tomesd, ratio {ratio:g}"
+    return Way(name if config is None else f"{name}, gated", on)
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
+    """The first, and those whose names hold one of the parts in `only`; all where it is empty.
+
+    Raises:
+        ConfigError: A part is in no name.
+    """
+    for part in only:
+        if not any(part in one.name for one in candidates):
+            names = ", ".join(one.name for one in candidates)
+            raise ConfigError(f"`only` must hold parts of names, got {part!r}. They are: {names}.")
+    first, *rest = candidates
+    return [first, *(one for one in rest if not only or any(part in one.name for part in only))]
+
+
+def package(name: str) -> Any:
+    """An optional package.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(f"`{name}` must be installed for this. Run `pip install {name}`.") from error
