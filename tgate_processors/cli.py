@@ -293,7 +293,7 @@ def _pipeline_of(options: argparse.Namespace, device: object) -> Any:
     from tgate_processors.demo.model import load_demo_pipeline
 
     if options.model == "demo":
-        pipe = load_demo_pipeline()
+        pipe = load_demo_pipeline().to(getattr(torch, options.dtype))
     else:
         pipe = DiffusionPipeline.from_pretrained(
             options.model,

@@ -46,7 +46,7 @@ class Convergence:
         return self.changes.transpose(0, 1).flatten(1).median(1).values
 
     def band(self) -> tuple[Tensor, Tensor]:
-        """`(steps - 1,)` each: the quarter and the three-quarter quantile over layers, of their medians over prompts."""
+        """`(steps - 1,)` each: the quarter and three-quarter quantiles over layers, of their medians over prompts."""
         by_layer = self.changes.median(0).values
         return by_layer.quantile(0.25, 1), by_layer.quantile(0.75, 1)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median_low
+from statistics import fmean, median_low
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Row:
         scores: By name; "all" or the like.
         to_stock: The difference of the deciding score to the stock pipeline's, picture by picture.
         frechet: Distance to real pictures; None where there are none.
+        gate_step: Of the papers' gate; None: it is something else.
         gate_steps: Where a gate that decides itself closed, picture by picture.
     """
 
@@ -80,6 +81,7 @@ class Row:
     scores: Mapping[str, Estimate] = field(default_factory=dict)
     to_stock: Estimate | None = None
     frechet: float | None = None
+    gate_step: int | None = None
     gate_steps: tuple[int, ...] = ()
 
     @property
@@ -111,6 +113,14 @@ class Report:
                 chosen.append(row)
         return chosen
 
+    def gate_step(self) -> int | None:
+        """The gate step that the frontier suggests: that of the largest score less half of the arithmetic.
+
+        A per cent of the stock pipeline's arithmetic must buy half a point. None: fewer than two were drawn.
+        """
+        gates = [row for row in self._measured() if row.gate_step is not None]
+        return max(gates, key=lambda row: self.score(row) - row.arithmetic / 2).gate_step if len(gates) > 1 else None
+
     def score(self, row: Row) -> float:
         """The deciding score of a row."""
         return row.scores[self.deciding].mean
@@ -119,7 +129,7 @@ class Report:
         return [row for row in self.rows if row.error is None]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"frontier": [row.name for row in self.frontier()]}
+        return asdict(self) | {"frontier": [row.name for row in self.frontier()], "gate_step": self.gate_step()}
 
     def __str__(self) -> str:
         on_frontier = self.frontier()
@@ -149,8 +159,11 @@ class Report:
             for row in measured
             if row.gate_steps
         ]
+        suggested = self.gate_step()
+        suggestion = f"gate step {suggested}: of the papers' gates, the largest score less half of the arithmetic"
+        notes = [*([] if suggested is None else [suggestion]), *closings, *failures]
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return "\n".join([settings, "", format_table(lines), "", *closings, *failures]).rstrip()
+        return "\n".join([settings, "", format_table(lines), "", *notes]).rstrip()
 
     def _shown(self, row: Row, name: str) -> str:
         score = row.scores[name]
@@ -163,12 +176,12 @@ class Drawn:
 
     Args:
         pictures: `(count, 3, height, width)` in 0..1.
-        macs: Multiply-accumulates of the denoiser for one picture, attention's products among them.
+        macs: Multiply-accumulates of the denoiser for one picture in the mean, attention's products among them.
         gate_steps: Where a gate that decides itself closed, run by run.
     """
 
     pictures: Tensor
-    macs: int
+    macs: float
     gate_steps: tuple[int, ...] = ()
 
 
@@ -197,9 +210,15 @@ def draw(pipe: Any, way: Way, count: int, arguments: Arguments, *, batch_size: i
                 gate_steps.append(handle.gate.closes_at or kwargs["num_inference_steps"])
             if bar is not None:
                 bar.update(chunk.stop - chunk.start)
-        with _counting(denoisers_of(pipe)) as counted:
-            pipe(**arguments(slice(0, 1)) | changes, output_type="latent")
-    return Drawn(torch.cat(pictures), sum(counted), tuple(gate_steps))
+        # runs differ in their arithmetic by where they closed the gate: one of each is counted, all else being equal
+        runs = gate_steps or [0]
+        macs = {}
+        for gate_step in set(runs):
+            index = runs.index(gate_step)
+            with _counting(denoisers_of(pipe)) as counted:
+                pipe(**arguments(slice(index, index + 1)) | changes, output_type="latent")
+            macs[gate_step] = sum(counted)
+    return Drawn(torch.cat(pictures), fmean(macs[gate_step] for gate_step in runs), tuple(gate_steps))
 
 
 @contextmanager
@@ -247,7 +266,7 @@ def compare(
     """
     stock = draw_way(all_ways[0])
     stock_scores = score(stock.pictures, stock.pictures)
-    rows = [_row(all_ways[0].name, stock, stock.macs, stock_scores, frechet)]
+    rows = [_row(all_ways[0], stock, stock.macs, stock_scores, frechet)]
     for way in all_ways[1:]:
         try:
             drawn = draw_way(way)
@@ -260,7 +279,7 @@ def compare(
         scores = score(drawn.pictures, stock.pictures)
         rows.append(
             replace(
-                _row(way.name, drawn, stock.macs, scores, frechet),
+                _row(way, drawn, stock.macs, scores, frechet),
                 psnr=estimate(likeness.psnr(drawn.pictures, stock.pictures)),
                 ssim=estimate(likeness.ssim(drawn.pictures, stock.pictures)),
                 to_stock=estimate(scores[deciding].double() - stock_scores[deciding].double()),
@@ -269,12 +288,13 @@ def compare(
     return tuple(rows)
 
 
-def _row(name: str, drawn: Drawn, stock_macs: int, scores: Scores, frechet: Callable[[Tensor], float] | None) -> Row:
+def _row(way: Way, drawn: Drawn, stock_macs: float, scores: Scores, frechet: Callable[[Tensor], float] | None) -> Row:
     return Row(
-        name,
+        way.name,
         arithmetic=drawn.macs / stock_macs,
         scores={score: estimate(values) for score, values in scores.items()},
         frechet=None if frechet is None else frechet(drawn.pictures),
+        gate_step=way.gate_step,
         gate_steps=drawn.gate_steps,
     )
 
@@ -346,7 +366,7 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
     papers = TGateConfig(gate_step=0.4)
     chosen = [
         ways.stock(),
-        *(ways.gated(TGateConfig(gate_step=gate), f"gate step {gate}") for gate in gates),
+        *(replace(ways.gated(TGateConfig(gate_step=gate), f"gate step {gate}"), gate_step=gate) for gate in gates),
         ways.gated(TGateConfig(gate_step="auto"), "gate step auto"),
         ways.gated(preset("looks"), "look"),
         *(ways.dropping_guidance(gate, num_steps) for gate in gates),
@@ -383,7 +403,7 @@ def plot(report: Report, path: Path) -> None:
         if not rows:
             continue
         estimates = [row.scores[report.deciding] for row in rows]
-        spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
+        spread = [[max(0, e.mean - e.low) for e in estimates], [max(0, e.high - e.mean) for e in estimates]]
         axes.errorbar(
             [row.arithmetic for row in rows],
             [e.mean for e in estimates],

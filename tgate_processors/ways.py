@@ -27,10 +27,12 @@ class Way:
     Args:
         name: What people call it.
         on: Puts it on a pipeline while its context lasts, and gives the changes of the pipeline's arguments.
+        gate_step: Of the papers' gate, to be compared with its like.
     """
 
     name: str
     on: Callable[[Any], AbstractContextManager[Changes]]
+    gate_step: int | None = None
 
 
 def stock() -> Way:
@@ -92,12 +94,15 @@ def dropping_guidance(gate_step: int, num_steps: int, *, first: bool = False) ->
     return Way(f"guidance dropped after {gate_step}", on)
 
 
-def fewer_steps(steps: int) -> Way:
+def fewer_steps(steps: int, config: TGateConfig | None = None) -> Way:
+    """A shorter run; with `config` gated too."""
+
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
-        yield {"num_inference_steps": steps}
+        with _gated_or_not(pipe, config) as changes:
+            yield changes | {"num_inference_steps": steps}
 
-    return Way(f"fewer steps: {steps}", on)
+    return Way(_named(f"fewer steps: {steps}", config), on)
 
 
 def deep_cache(interval: int, config: TGateConfig | None = None) -> Way:
@@ -115,8 +120,7 @@ def deep_cache(interval: int, config: TGateConfig | None = None) -> Way:
             with apply_tgate(pipe, config, deepcache=helper) as tgate:
                 yield {"callback_on_step_end": tgate}
 
-    name = f"DeepCache, interval {interval}"
-    return Way(name if config is None else f"{name}, gated", on)
+    return Way(_named(f"DeepCache, interval {interval}", config), on)
 
 
 def token_merging(ratio: float, config: TGateConfig | None = None) -> Way:
@@ -127,13 +131,22 @@ def token_merging(ratio: float, config: TGateConfig | None = None) -> Way:
         tomesd = package("tomesd")
         tomesd.apply_patch(pipe, ratio=ratio)
         try:
-            with (stock() if config is None else gated(config, "")).on(pipe) as changes:
+            with _gated_or_not(pipe, config) as changes:
                 yield changes
         finally:
             tomesd.remove_patch(pipe)
 
-    name = f"tomesd, ratio {ratio:g}"
-    return Way(name if config is None else f"{name}, gated", on)
+    return Way(_named(f"tomesd, ratio {ratio:g}", config), on)
+
+
+def _gated_or_not(pipe: Any, config: TGateConfig | None) -> AbstractContextManager[Changes]:
+    return (stock() if config is None else gated(config, "")).on(pipe)
+
+
+def _named(name: str, config: TGateConfig | None) -> str:
+    if config is None:
+        return name
+    return f"{name}, gated" if config.look_interval is None else f"{name}, with looks"
 
 
 class Named(Protocol):

@@ -1,4 +1,4 @@
-"""What each way costs in meaning on the demo's model, whose pictures are checked exactly: `tgate-processors quality`."""
+"""What each way costs in meaning on the demo's model, whose pictures are checked: `tgate-processors quality`."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,20 +59,27 @@ def demo_ways(steps: int, *, every: int = 1) -> list[DemoWay]:
     gates = range(1, steps, every)
     return [
         DemoWay(ways.stock()),
-        *(DemoWay(gate(f"gate step {step}", gate_step=1), start=step - 1) for step in gates),
+        *(DemoWay(_gate_of_the_rest(step), start=step - 1) for step in gates),
         *(DemoWay(_without_guidance(step), start=step) for step in gates[1::2]),
         DemoWay(gate("gate step auto", gate_step="auto"), batch_size=1),  # it decides prompt by prompt
-        DemoWay(gate("look: auto, every 5", gate_step="auto", look_interval=5), batch_size=1),
-        DemoWay(gate(f"look: {part(0.24)}, every 5", gate_step=0.24, look_interval=5)),
+        DemoWay(gate("look: auto, every 4", gate_step="auto", look_interval=4), batch_size=1),
         DemoWay(gate(f"look: {part(0.12)}, every 4", gate_step=0.12, look_interval=4)),
+        DemoWay(gate(f"look: {part(0.24)}, every 6", gate_step=0.24, look_interval=6)),
         DemoWay(gate(f"gate {part(0.4)}, sp_interval 5", gate_step=0.4, sp_interval=5, warm_up=2)),
         DemoWay(gate(f"gate {part(0.6)}, sp_interval 3", gate_step=0.6, sp_interval=3, warm_up=2)),
-        *(DemoWay(ways.fewer_steps(part(share))) for share in (0.2, 0.4, 0.6)),
+        *(DemoWay(ways.fewer_steps(part(share))) for share in (0.2, 0.3, 0.4, 0.6)),
+        DemoWay(ways.fewer_steps(part(0.48), TGateConfig(gate_step=2, look_interval=2))),
         DemoWay(ways.deep_cache(3)),
         DemoWay(ways.deep_cache(3, papers)),
         DemoWay(ways.token_merging(0.5)),
         DemoWay(ways.token_merging(0.5, papers)),
     ]
+
+
+def _gate_of_the_rest(gate_step: int) -> Way:
+    """Of a run that begins with the step that stores."""
+    rest = ways.gated(TGateConfig(gate_step=1), f"gate step {gate_step}")
+    return replace(rest, gate_step=gate_step)
 
 
 def _without_guidance(step: int) -> Way:
@@ -135,11 +142,11 @@ class Latents(torch.nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = copy.deepcopy(vae).float()  # the pipeline may be of less precision
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Bytes `(count, 3, height, width)` -> `(count, 64)`."""
-        means = [self.vae.encode(part / 127.5 - 1).latent_dist.mean for part in torch.split(pictures, BATCH)]
+        """`(count, 3, height, width)` in 0..1 -> `(count, 64)`."""
+        means = [self.vae.encode(part * 2 - 1).latent_dist.mean for part in torch.split(pictures, BATCH)]
         return torch.nn.functional.adaptive_avg_pool2d(torch.cat(means), 4).flatten(1)
 
 
@@ -153,7 +160,7 @@ class _Stock:
         self.steps = steps
         self.settings = {"num_inference_steps": steps, "guidance_scale": guidance}
         self.latents: list[list[Tensor]] = [[] for _ in range(steps + 1)]  # of each step, chunk by chunk
-        self.macs_of_a_step = 0
+        self.macs_of_a_step = 0.0
 
     def draw(self, one: DemoWay, bar: Any) -> Drawn:
         def arguments(chunk: slice) -> dict[str, Any]:
@@ -167,7 +174,7 @@ class _Stock:
         with _from_step(self.pipe, one.start):
             drawn = draw(self.pipe, way, len(self.prompts), arguments, batch_size=one.batch_size, bar=bar)
         if not self.macs_of_a_step:
-            self.macs_of_a_step = drawn.macs // self.steps
+            self.macs_of_a_step = drawn.macs / self.steps
         return replace(drawn, macs=drawn.macs + one.start * self.macs_of_a_step)
 
     def _remembering(self, way: Way) -> Way:
