@@ -110,7 +110,7 @@ def test_a_pipeline_on_disk(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--model", "flux"], f"`model` must be one of {', '.join(ARCHITECTURES)}, got 'flux'"),
-        (["--model", "sdxl", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, got 0"),
+        (["--model", "sdxl", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, a fraction"),
         (["--model", "sdxl", "--height", "100"], "`height` must be a multiple of 8, got 100"),
         (["--model", "sdxl", "--cache-interval", "0"], "`cache_interval` must be a whole number of at least 1"),
         (["--pipeline", "/nowhere"], "`pipeline` must be the folder of a saved pipeline, got '/nowhere' without"),

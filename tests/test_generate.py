@@ -106,7 +106,7 @@ def test_two_processes_make_the_pictures_of_one(folder, prompts, tmp_path):
         ([], "`PROMPT` must be given, or `--prompts FILE`, got neither"),
         (["--prompts", "nowhere.txt"], "`--prompts` must be a text file .* got 'nowhere.txt': no file"),
         (["a circle", "--steps", "0"], "`steps` must be a whole number of at least 1, got 0"),
-        (["a circle", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, got 0"),
+        (["a circle", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, a fraction"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -292,7 +292,7 @@ def test_a_callback_that_the_pipeline_would_swallow():
 @pytest.mark.parametrize("wrong", [{"gate_step": 0}, {"num_inference_steps": 0}])
 def test_a_bad_default_leaves_no_method(name, wrong):
     pipe = subject_of(name).pipe
-    with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` must be a whole number of at least 1, got 0"):
+    with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` must be a whole number of at least 1, .*got 0"):
         LOADERS[name](pipe, **wrong)
     assert not hasattr(pipe, "tgate")
 

@@ -1,6 +1,7 @@
 """The schedule: the papers' table, and its laws for every configuration."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from tgate_processors import ConfigError, TGateConfig
 from tgate_processors.schedule import AttentionMode, Phase, Schedule, StepClock, StepMode
 
 
-COMPUTES = {AttentionMode.COMPUTE, AttentionMode.STORE, AttentionMode.STORE_MEAN}
-STORES = {AttentionMode.STORE, AttentionMode.STORE_MEAN}
+COMPUTES = set(AttentionMode) - {AttentionMode.REUSE}
+STORES = {AttentionMode.STORE, AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF}
 
 configs = st.builds(
     TGateConfig,
@@ -23,7 +24,14 @@ configs = st.builds(
     fi_interval=st.integers(1, 7),
     warm_up=st.integers(0, 10),
 )
+looking = st.builds(
+    TGateConfig,
+    gate_step=st.one_of(st.integers(1, 40), st.floats(0.01, 0.99)),
+    look_interval=st.integers(2, 9),
+    fi_interval=st.integers(1, 3),
+)
 schedules = st.builds(lambda c, n, g: Schedule(c, n, guidance=g), configs, st.integers(1, 40), st.booleans())
+looking_schedules = st.builds(lambda c, n, g: Schedule(c, n, guidance=g), looking, st.integers(1, 40), st.booleans())
 
 
 def self_modes(schedule):
@@ -34,7 +42,7 @@ def cross_modes(schedule):
     return [mode.cross_attention for mode in schedule.modes]
 
 
-@given(schedules)
+@given(st.one_of(schedules, looking_schedules))
 def test_nothing_is_reused_before_it_is_stored(schedule):
     for modes in (self_modes(schedule), cross_modes(schedule)):
         stored = False
@@ -43,7 +51,7 @@ def test_nothing_is_reused_before_it_is_stored(schedule):
             stored = stored or mode in STORES
 
 
-@given(schedules)
+@given(st.one_of(schedules, looking_schedules))
 def test_every_store_is_read(schedule):
     for modes in (self_modes(schedule), cross_modes(schedule)):
         for step, mode in enumerate(modes):
@@ -119,8 +127,56 @@ def test_evaluations_belong_to_steps(clock, steps):
     assert clock.num_steps == steps[-1] + 1
 
 
+@pytest.mark.parametrize("value", [0, -1, 0.0, 1.0, 2.5, float("nan"), "5", None, True])
+def test_the_gate_step_is_a_count_a_fraction_or_auto(value):
+    message = f'`gate_step` must be a whole number of at least 1, a fraction between 0 and 1, or "auto", got {value!r}'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TGateConfig(gate_step=value)
+
+
+@given(st.floats(0.001, 0.999), st.integers(1, 60))
+def test_a_fraction_is_of_the_steps_that_are_run(fraction, steps):
+    gate_step = TGateConfig(gate_step=fraction).schedule(steps).gate_step
+    assert gate_step == max(1, gate_step)
+    assert abs(gate_step - fraction * steps) <= 0.5 or gate_step == 1
+    assert TGateConfig(gate_step=0.4).schedule(25).modes == TGateConfig(gate_step=10).schedule(25).modes
+
+
+def test_auto_plans_until_it_has_decided():
+    config = TGateConfig(gate_step="auto")
+    assert set(config.schedule(25).modes) == {StepMode.PLANNING}
+    assert Schedule(config, 25, closes_at=7).modes == TGateConfig(gate_step=7).schedule(25).modes
+
+
+def test_auto_needs_steps_to_measure_in():
+    with pytest.raises(ConfigError, match='`num_inference_steps` must be at least 5 with `gate_step="auto"`, got 4'):
+        TGateConfig(gate_step="auto").schedule(4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1, -0.1, "0.1", None])
+def test_a_tolerance_lies_between_0_and_1(value):
+    with pytest.raises(ConfigError, match=f"`tolerance` must be a number between 0 and 1, got {value!r}"):
+        TGateConfig(gate_step="auto", tolerance=value)
+
+
+@pytest.mark.parametrize("value", [1, 0, 2.0, True])
+def test_looks_leave_steps_between_them(value):
+    with pytest.raises(ConfigError, match=f"`look_interval` must be a whole number of at least 2, got {value!r}"):
+        TGateConfig(gate_step=3, look_interval=value)
+
+
+def test_looks_are_steps_of_both_branches():
+    schedule = TGateConfig(gate_step=3, look_interval=4).schedule(12)
+    assert [mode.phase is Phase.PLANNING for mode in schedule.modes] == [s in (0, 1, 2, 6, 10) for s in range(12)]
+    assert [step for step, mode in enumerate(schedule.modes) if mode is StepMode.LOOKING] == [2, 6, 10]
+
+
+def test_a_look_in_the_last_step_stores_nothing():
+    assert TGateConfig(gate_step=1, look_interval=2).schedule(3).modes[-1] is StepMode.PLANNING
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.0, 0.4, "5", None, True])
-@pytest.mark.parametrize("name", ["gate_step", "sp_interval", "fi_interval"])
+@pytest.mark.parametrize("name", ["sp_interval", "fi_interval"])
 def test_counts_must_be_whole_and_at_least_one(name, value):
     with pytest.raises(
         ConfigError, match=f"`{name}` must be a whole number of at least 1, got {value!r}. Pass an int"

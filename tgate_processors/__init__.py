@@ -1,5 +1,6 @@
 """T-GATE for diffusers pipelines, as attention processors."""
 
+from tgate_processors.convergence import Convergence, measure_convergence
 from tgate_processors.errors import ConfigError, MissingPackageError, StateError, TGateError, UnsupportedPipelineError
 from tgate_processors.gate import Gate
 from tgate_processors.handle import TGate, apply_tgate
@@ -13,12 +14,15 @@ from tgate_processors.loaders import (
     TgateSDXLLoader,
     TgateSVDLoader,
 )
+from tgate_processors.presets import PRESETS, preset
 from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors
 from tgate_processors.schedule import TGateConfig
 
 
 __all__ = [
+    "PRESETS",
     "ConfigError",
+    "Convergence",
     "Gate",
     "MissingPackageError",
     "StateError",
@@ -37,4 +41,6 @@ __all__ = [
     "UnsupportedPipelineError",
     "apply_tgate",
     "gated_processors",
+    "measure_convergence",
+    "preset",
 ]

@@ -298,7 +298,7 @@ def _pipeline_of(options: argparse.Namespace, device: object) -> Any:
         pipe = DiffusionPipeline.from_pretrained(
             options.model,
             use_safetensors=True,
-            torch_dtype=getattr(torch, options.dtype),
+            dtype=getattr(torch, options.dtype),
             trust_remote_code=options.trust_remote_code,
         )
     pipe.to(device)

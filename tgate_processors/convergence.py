@@ -255,7 +255,7 @@ def plot(convergence: Convergence, path: Path, *, tolerance: float = TGateConfig
         extent=(0.5, len(steps) + 0.5, len(convergence.layers), 0),
         vmax=float(convergence.changes.median(0).values.quantile(0.95)),
     )
-    layer_map.set_ylabel(f"layer, of {len(convergence.layers)}")
+    layer_map.set_ylabel(f"the {len(convergence.layers)} layers,\nas `attn_processors` has them")
     layer_map.set_xlabel("step")
     figure.colorbar(image, ax=layer_map, label="median over prompts")
     figure.savefig(path, dpi=150)

@@ -1,5 +1,7 @@
 """Gating a pipeline: `apply_tgate` attaches the gate to its networks, and the handle takes it away again."""
 
+import functools
+import logging
 import warnings
 import weakref
 from collections.abc import Callable
@@ -22,6 +24,9 @@ from tgate_processors.pipelines import Guidance
 from tgate_processors.schedule import StepClock, TGateConfig
 from tgate_processors.summary import Summary, summarize
 
+
+logger = logging.getLogger(__name__)
+FEW_STEPS = 8  # in which cross-attention hardly converges before the run is over
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -93,6 +98,16 @@ def handles_on(denoiser: torch.nn.Module) -> "list[TGate]":
     """The handles of the gated pipelines that evaluate the denoiser."""
     loops = (getattr(interceptor, "loop", None) for interceptor in interceptors(denoiser))
     return [loop for loop in loops if isinstance(loop, TGate)]
+
+
+@functools.cache
+def _say_that_few_steps_gain_little() -> None:
+    """Once in a process."""
+    logger.warning(
+        "a run of %d steps or fewer gains little from T-GATE: with latent-consistency models, in 4 steps, its authors "
+        "report 1.04 to 1.08 times the speed. `summary()` says what your run saves.",
+        FEW_STEPS,
+    )
 
 
 @dataclass
@@ -252,6 +267,8 @@ class TGate:
 
     def _begin(self) -> None:
         clock = pipelines.step_clock(self.pipe)
+        if clock.num_steps <= FEW_STEPS:
+            _say_that_few_steps_gain_little()
         self._run = _Run(weakref.ref(self.pipe.scheduler.timesteps), clock)
         for network in self._networks:
             network.begin(clock.num_steps)

@@ -33,6 +33,7 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
     return measured
 
 
+@torch.no_grad()
 def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
     """CLIP score, 0 to 100, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
 
@@ -46,8 +47,23 @@ def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
     """
     _functional()
     from torchmetrics.multimodal import CLIPScore
+    from transformers import CLIPModel, CLIPProcessor
 
-    metric = CLIPScore(model)  # type: ignore[arg-type]  # a folder will do
+    class Clip(CLIPModel):  # type: ignore[misc]  # an untyped base
+        """transformers 5 gives outputs where torchmetrics 1.9 expects the features in them."""
+
+        def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().get_image_features(*args, **kwargs)
+            return getattr(output, "pooler_output", output)
+
+        def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().get_text_features(*args, **kwargs)
+            return getattr(output, "pooler_output", output)
+
+    # by their names torchmetrics knows a few models only, and runs code that comes with one of them
+    metric = CLIPScore(
+        lambda: (Clip.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model))
+    )
     pairs = zip((pictures * 255).round().to(torch.uint8), prompts, strict=True)
     return torch.stack([metric(picture, prompt) for picture, prompt in pairs])
 

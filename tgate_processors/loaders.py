@@ -9,10 +9,12 @@ from typing import Any
 from tgate_processors import deepcache, pipelines
 from tgate_processors.errors import ConfigError
 from tgate_processors.handle import apply_tgate
-from tgate_processors.schedule import TGateConfig
+from tgate_processors.schedule import GateStep, TGateConfig
 
 
-def TgateSDLoader(pipe: Any, *, gate_step: int = 10, num_inference_steps: int | None = None, lcm: bool = False) -> Any:
+def TgateSDLoader(
+    pipe: Any, *, gate_step: GateStep = 10, num_inference_steps: int | None = None, lcm: bool = False
+) -> Any:
     """Give the pipeline a method `tgate`, and return the pipeline. `pipe(...)` stays as it is.
 
         pipe = TgateSDXLLoader(pipe, gate_step=10, num_inference_steps=25).to("cuda")
@@ -44,7 +46,7 @@ def TgateSDDeepCacheLoader(
     cache_interval: int = 3,
     cache_branch_id: int = 0,
     *,
-    gate_step: int = 10,
+    gate_step: GateStep = 10,
     num_inference_steps: int | None = None,
     lcm: bool = False,
 ) -> Any:
@@ -68,7 +70,7 @@ def TgateSDDeepCacheLoader(
 TgateSDXLDeepCacheLoader = TgateSDDeepCacheLoader
 
 
-def _load(pipe: Any, helper: Any, gate_step: int, num_inference_steps: int | None, lcm: bool) -> Any:
+def _load(pipe: Any, helper: Any, gate_step: GateStep, num_inference_steps: int | None, lcm: bool) -> Any:
     defaults = {"gate_step": gate_step, "lcm": lcm}
     if num_inference_steps is not None:
         TGateConfig(gate_step=gate_step).schedule(num_inference_steps)
@@ -87,7 +89,7 @@ def _call(
     pipe: Any,
     helper: Any,
     *args: Any,
-    gate_step: int,
+    gate_step: GateStep,
     lcm: bool,
     sp_interval: int = 1,
     fi_interval: int = 1,
@@ -95,8 +97,8 @@ def _call(
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    _check_call(pipe, args, kwargs, gate_step, lcm)
     config = TGateConfig(gate_step=gate_step, sp_interval=sp_interval, fi_interval=fi_interval, warm_up=warm_up)
+    _check_call(pipe, args, kwargs, config, lcm)
     has_callback = pipelines.takes_callback(pipe)
     if callback_on_step_end is not None and not has_callback:
         raise ConfigError(
@@ -115,15 +117,15 @@ def _call(
         return pipe(*args, **kwargs)
 
 
-def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gate_step: int, lcm: bool) -> None:
+def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: TGateConfig, lcm: bool) -> None:
     """Say before the run what does not fit it."""
     call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
     call.apply_defaults()
     steps = call.arguments["num_inference_steps"]
-    if gate_step >= steps:
+    if config.gate_step != "auto" and config.schedule(steps).gate_step >= steps:
         warnings.warn(
-            f"`gate_step` should be below the number of steps, got {gate_step} of {steps}: the gate never closes. "
-            f"Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
+            f"`gate_step` should be below the number of steps, got {config.gate_step} of {steps}: the gate never "
+            f"closes. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
             stacklevel=4,
         )
     scale = call.arguments.get("guidance_scale", call.arguments.get("max_guidance_scale"))

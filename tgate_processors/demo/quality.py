@@ -119,7 +119,9 @@ def quality_of_demo(
     def score(pictures: Tensor, _: Tensor) -> Mapping[str, Tensor]:
         reading = read(pictures * 2 - 1, scenes)
         by_attribute = {
-            name: reading.right[:, index][reading.named[:, index]] for index, name in enumerate(ATTRIBUTES)
+            name: reading.right[:, index][reading.named[:, index]]
+            for index, name in enumerate(ATTRIBUTES)
+            if reading.named[:, index].any()  # few prompts may have no relation among them
         }
         return {**by_attribute, "all": reading.whole}
 

@@ -1,0 +1,168 @@
+"""Measuring convergence: what is measured, what it suggests, and that a run decides as it says."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny import fingerprint, left_behind, seeded, tiny
+
+from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
+from tgate_processors.cli import main
+from tgate_processors.convergence import Convergence, measure_convergence, plot
+from tgate_processors.demo.model import load_demo_pipeline
+from tgate_processors.layers import cross_attention_layers
+
+
+PROMPTS = [
+    "a large red circle left of a small blue square on a yellow background",
+    "a small striped green cross on a white background",
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def measured(pipe):
+    return measure_convergence(pipe, PROMPTS, num_inference_steps=10, seed=3, guidance_scale=5.0)
+
+
+def record(changes, steps=None):
+    """Of one prompt and one layer."""
+    tensor = torch.tensor(changes).view(1, -1, 1)
+    return Convergence(tensor, ("attn2",), {"pipeline": "P", "scheduler": "S", "prompts": ["x"]})
+
+
+def test_it_is_the_change_of_each_layers_output(pipe, measured):
+    """Against the outputs that forward hooks see in the stock pipeline."""
+    outputs = []
+    layers = cross_attention_layers(pipe.unet)
+    hooks = [pipe.unet.register_forward_pre_hook(lambda *_: outputs.append({}))]
+    hooks += [
+        layer.register_forward_hook(lambda *args, name=name: outputs[-1].update({name: args[-1]}))
+        for name, layer in layers.items()
+    ]
+    pipe(PROMPTS[1], generator=seeded(4), num_inference_steps=10, guidance_scale=5.0, output_type="latent")
+    for hook in hooks:
+        hook.remove()
+    assert measured.layers == tuple(layers)
+    assert measured.changes.shape == (2, 9, 7)
+    for step in range(9):
+        for layer, name in enumerate(layers):
+            before, now = outputs[step][name].flatten(1), outputs[step + 1][name].flatten(1)
+            change = ((now - before).norm(dim=1) / before.norm(dim=1)).max() * 10 / 25
+            assert measured.changes[1, step, layer] == pytest.approx(float(change), rel=1e-4)
+
+
+def test_nothing_is_left_behind(pipe):
+    before = fingerprint(pipe.unet)
+    measure_convergence(pipe, PROMPTS[:1], num_inference_steps=5)
+    assert left_behind(before, pipe.unet) == {}
+
+
+def test_a_run_decides_as_the_record_says(pipe, measured):
+    for tolerance in (0.05, 0.1, 0.2):
+        for index, gate_step in enumerate(measured.gate_steps(tolerance)):
+            with apply_tgate(pipe, TGateConfig(gate_step="auto", tolerance=tolerance)) as tgate:
+                pipe(
+                    PROMPTS[index],
+                    generator=seeded(3 + index),
+                    num_inference_steps=10,
+                    guidance_scale=5.0,
+                    callback_on_step_end=tgate,
+                )
+                assert (tgate.summary().gate_closed_at or 10) == gate_step
+    assert len({measured.gate_step(tolerance) for tolerance in (0.05, 0.1, 0.2)}) > 1
+
+
+def test_the_gate_step_by_hand():
+    falling = record([0.5, 0.3, 0.2, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04])  # of steps 1 to 9
+    assert falling.gate_step(0.1) == 7  # steps 4 and 5 stay under it, step 6 stores
+    assert falling.gate_step(0.6) == 4
+    assert falling.gate_step(0.01) == 10  # never
+    assert record([0.05, 0.5, 0.05, 0.05, 0.5, 0.05]).gate_step(0.1) == 6
+
+
+def test_it_is_saved_with_its_settings(measured, tmp_path):
+    path = tmp_path / "convergence.safetensors"
+    measured.save(path)
+    loaded = Convergence.load(path)
+    assert torch.equal(loaded.changes, measured.changes)
+    assert (loaded.layers, loaded.settings) == (measured.layers, measured.settings)
+    assert loaded.settings["prompts"] == PROMPTS
+    assert loaded.settings["guidance_scale"] == 5.0
+    assert loaded.num_inference_steps == 10
+
+
+def test_it_is_pictured(measured, tmp_path):
+    plot(measured, tmp_path / "plot.png", tolerance=0.1)
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert min(picture.size) > 800
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_calibrate(tmp_path, capsys):
+    out, picture = tmp_path / "c.safetensors", tmp_path / "c.png"
+    arguments = ["calibrate", "--count", "2", "--steps", "10", "--tolerance", "0.2", "--plot", str(picture)]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    convergence = Convergence.load(out)
+    gate_step = convergence.gate_step(0.2)
+    assert gate_step < 10
+    assert f"gate step {gate_step} of 10: the middle one of 2 prompts stays under 0.2" in printed
+    assert f"TGateConfig(gate_step={gate_step})" in printed
+    assert picture.is_file()
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["gate_step"] == gate_step
+    with apply_tgate(load_demo_pipeline(), TGateConfig(gate_step=gate_step)) as tgate:
+        tgate.pipe(convergence.settings["prompts"][0], num_inference_steps=10, callback_on_step_end=tgate)
+        assert said["macs_saved"] == pytest.approx(tgate.summary().macs_saved)
+
+
+def test_calibrate_says_where_nothing_converges(capsys):
+    assert main(["calibrate", PROMPTS[0], "--steps", "5", "--tolerance", "0.001"]) == 0
+    assert "does not stay under 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tolerance", "1"], "`tolerance` must be a number between 0 and 1, got 1.0"),
+        (["--steps", "4"], '`num_inference_steps` must be at least 5 with `gate_step="auto"`, got 4'),
+        (["--count", "0"], "`count` must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(["calibrate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured():
+    subject = tiny("sd")
+    with pytest.raises(ConfigError, match="`prompts` must be a list of at least one prompt, got 'a cat'"):
+        measure_convergence(subject.pipe, "a cat", num_inference_steps=6)
+    with pytest.raises(ConfigError, match="`prompts` must be a list of at least one prompt, got \\[\\]"):
+        measure_convergence(subject.pipe, [], num_inference_steps=6)
+    with apply_tgate(subject.pipe, TGateConfig(gate_step=2)), pytest.raises(StateError, match="not be gated already"):
+        measure_convergence(subject.pipe, ["a cat"], num_inference_steps=6)
+    for name in list(subject.denoiser.attn_processors):
+        layer = subject.denoiser.get_submodule(name.removesuffix(".processor"))
+        layer.is_cross_attention = False
+    with pytest.raises(UnsupportedPipelineError, match="none of its attention layers"):
+        measure_convergence(subject.pipe, ["a cat"], num_inference_steps=6)
+
+
+def test_a_file_of_something_else(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(ConfigError, match=r"`path` must be a file that `save` wrote, got .*no file"):
+        Convergence.load(tmp_path / "none")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"`path` must be a file that `save` wrote, got .* of something else"):
+        Convergence.load(tmp_path / "other")

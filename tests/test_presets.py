@@ -1,0 +1,50 @@
+"""Presets: the documentation's settings, by name."""
+
+import logging
+
+import pytest
+from tiny import tiny
+
+from tgate_processors import PRESETS, ConfigError, TGateConfig, apply_tgate, handle, preset
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "gate_step", "sp_interval", "warm_up"),
+    [
+        ("sd-1.5", 25, 10, 1, 0),
+        ("sd-2.1", 25, 10, 1, 0),
+        ("sdxl", 25, 10, 1, 0),
+        ("sdxl-v2", 25, 10, 5, 2),
+        ("pixart-alpha", 25, 15, 1, 0),
+        ("pixart-alpha-v2", 25, 15, 3, 2),
+        ("pixart-sigma-v2", 25, 15, 3, 2),
+        ("svd", 25, 10, 1, 0),
+        ("lcm-sdxl", 4, 1, 1, 0),
+        ("lcm-pixart", 4, 1, 1, 0),
+    ],
+)
+def test_presets_are_the_documentations(name, steps, gate_step, sp_interval, warm_up):
+    config = preset(name)
+    assert config.schedule(steps).gate_step == gate_step
+    assert (config.sp_interval, config.fi_interval, config.warm_up) == (sp_interval, 1, warm_up)
+
+
+def test_each_has_a_source():
+    assert all(len(known.source) > 20 for known in PRESETS.values())
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(ConfigError, match="`name` must be one of sd-1.5, .*, got 'flux'"):
+        preset("flux")
+
+
+def test_few_steps_are_said_once_to_gain_little(caplog):
+    handle._say_that_few_steps_gain_little.cache_clear()
+    subject = tiny("sd")
+    with apply_tgate(subject.pipe, TGateConfig(gate_step=2)) as tgate, caplog.at_level(logging.WARNING):
+        subject(tgate, num_inference_steps=9)
+        assert not caplog.records
+        for _ in range(2):
+            subject(tgate, num_inference_steps=8)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "a run of 8 steps or fewer gains little from T-GATE" in caplog.text

@@ -1,0 +1,313 @@
+"""What quality reports: shared runs, arithmetic, intervals, the frontier, and ways that fail."""
+
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import fingerprint, left_behind, seeded, tiny
+from torch.nn import functional
+
+from tgate_processors import ConfigError, TGateConfig, apply_tgate, likeness, ways
+from tgate_processors.cli import main
+from tgate_processors.demo.evaluate import generate, held_out_scenes
+from tgate_processors.demo.model import load_demo_pipeline
+from tgate_processors.demo.quality import DemoWay, _Stock, demo_ways
+from tgate_processors.demo.world import caption
+from tgate_processors.quality import Estimate, Report, Row, compare, draw, estimate, plot, quality_of_pipeline
+from tgate_processors.ways import Way, named
+
+
+STEPS = 6
+SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": 5.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def stock(pipe):
+    stock = _Stock(pipe, held_out_scenes(3, 5), 5, STEPS, 5.0)
+    stock.draw(DemoWay(ways.stock()), None)
+    return stock
+
+
+def whole(pipe, **kwargs):
+    """Drawn without any shared step -> 0..1."""
+    scenes = held_out_scenes(3, 5)
+    return (generate(pipe, [caption(s) for s in scenes], range(5, 8), **SETTINGS | kwargs) + 1) / 2
+
+
+# Shared steps
+
+
+@pytest.mark.parametrize("gate_step", [1, 3, 5])
+def test_a_gate_drawn_from_the_stock_run_is_the_gate(pipe, stock, gate_step):
+    one = next(one for one in demo_ways(STEPS) if one.way.name == f"gate step {gate_step}")
+    drawn = stock.draw(one, None)
+    with apply_tgate(pipe, TGateConfig(gate_step=gate_step)) as tgate:
+        expected = whole(pipe, callback_on_step_end=tgate)
+        summary = tgate.summary()
+    assert torch.equal(drawn.pictures, expected)
+    assert drawn.macs == pytest.approx(summary.cost.macs / 3, rel=1e-6)
+
+
+def test_a_control_drawn_from_the_stock_run_drops_guidance(pipe, stock):
+    one = next(one for one in demo_ways(STEPS) if one.way.name == "guidance dropped after 2")
+
+    def drop(pipe, step_index, timestep, kwargs):
+        if step_index + 1 == 2:
+            pipe._guidance_scale = 1.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[1]
+        return kwargs
+
+    drawn = stock.draw(one, None)
+    expected = whole(pipe, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert torch.allclose(drawn.pictures, expected, rtol=0, atol=1e-5)
+    way = ways.dropping_guidance(2, STEPS)
+    with way.on(pipe) as changes:
+        assert torch.allclose(whole(pipe, **changes), expected, rtol=0, atol=1e-4)
+
+
+def test_ways_leave_no_trace(pipe, stock):
+    before = fingerprint(pipe.unet)
+    scheduler = pipe.scheduler
+    for one in demo_ways(STEPS, every=3):
+        if "tomesd" in one.way.name:
+            continue  # its own `remove_patch` leaves attributes behind
+        stock.draw(one, None)
+        assert left_behind(before, pipe.unet) == {}, one.way.name
+        assert pipe.scheduler is scheduler
+
+
+def test_arithmetic_is_counted_run_by_run(pipe):
+    prompts = ["a large red circle on a blue background"] * 2
+
+    def arguments(chunk):
+        return SETTINGS | {"prompt": prompts[chunk], "generator": [seeded(s) for s in range(2)[chunk]]}
+
+    stock = draw(pipe, ways.stock(), 2, arguments)
+    with apply_tgate(pipe, TGateConfig(gate_step=2)) as tgate:
+        pipe(**arguments(slice(0, 1)), callback_on_step_end=tgate)
+        summary = tgate.summary()
+    assert stock.macs == summary.stock_macs
+    assert draw(pipe, ways.gated(TGateConfig(gate_step=2), "x"), 2, arguments).macs == summary.cost.macs
+    assert draw(pipe, ways.fewer_steps(3), 2, arguments).macs == stock.macs / 2
+    auto = draw(pipe, ways.gated(TGateConfig(gate_step="auto", tolerance=0.9), "x"), 2, arguments)
+    assert auto.gate_steps == (4, 4)
+    with apply_tgate(pipe, TGateConfig(gate_step=4)) as tgate:
+        pipe(**arguments(slice(0, 1)), callback_on_step_end=tgate)
+        assert auto.macs == tgate.summary().cost.macs
+    assert draw(pipe, ways.token_merging(0.5), 2, arguments).macs < stock.macs
+    assert draw(pipe, ways.deep_cache(3), 2, arguments).macs < stock.macs
+
+
+# Numbers
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=300))
+def test_a_share_lies_in_its_interval(right):
+    share = estimate(torch.tensor(right))
+    assert -1e-12 <= share.low <= share.mean + 1e-12
+    assert share.mean - 1e-12 <= share.high <= 1 + 1e-12
+    assert share.high - share.low > 0
+
+
+def test_intervals_by_hand():
+    share = estimate(torch.tensor([True] * 8 + [False] * 2))  # Wilson 1927, worked out: 0.490 to 0.943
+    assert (share.mean, round(share.low, 3), round(share.high, 3)) == (0.8, 0.490, 0.943)
+    mean = estimate(torch.tensor([1.0, 2.0, 3.0]))
+    assert mean.mean == 2
+    assert mean.high - 2 == pytest.approx(1.96 / math.sqrt(3))
+
+
+def row(name, arithmetic, score, **more):
+    return Row(name, arithmetic=arithmetic, scores={"all": Estimate(score, score - 0.01, score + 0.01)}, **more)
+
+
+REPORT = Report(
+    {"model": "toy"},
+    "all",
+    (
+        row("stock", 1.0, 0.99),
+        row("gate step 4", 0.6, 0.80, gate_step=4),
+        row("gate step 5", 0.7, 0.93, gate_step=5),
+        row("gate step 6", 0.8, 0.95, gate_step=6),
+        row("fewer steps: 5", 0.7, 0.90),
+        row("gate step auto", 0.75, 0.94, gate_steps=(4, 5, 7)),
+        Row("broken", "RuntimeError: no"),
+    ),
+)
+
+
+def test_the_frontier_by_hand():
+    names = [row.name for row in REPORT.frontier()]
+    assert names == ["gate step 4", "gate step 5", "gate step auto", "gate step 6", "stock"]
+    assert REPORT.gate_step() == 5  # 0.93 - 0.35 is more than 0.80 - 0.30 and 0.95 - 0.40
+    printed = str(REPORT)
+    assert "gate step 5: of the papers' gates, the largest score less half of the arithmetic" in printed
+    assert "gate step auto: the gate closed at step 5, the middle of 4 to 7" in printed
+    assert "broken: RuntimeError: no" in printed
+    assert REPORT.as_dict()["frontier"] == names
+
+
+def test_it_is_pictured(tmp_path):
+    plot(REPORT, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert min(picture.size) > 800
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_likeness_by_hand():
+    pictures = torch.full((2, 3, 16, 16), 0.5)
+    others = pictures.clone()
+    others[1] += 0.1
+    assert likeness.psnr(pictures, others).tolist() == [math.inf, pytest.approx(20, abs=1e-3)]
+    assert likeness.ssim(pictures, others)[0] == pytest.approx(1)
+    assert likeness.ssim(pictures, others)[1] < 1
+
+
+def test_a_frechet_distance_by_hand():
+    class Corner(torch.nn.Module):
+        num_features = 2
+
+        def forward(self, pictures):
+            return pictures[:, :2, 0, 0]
+
+    pictures = torch.rand(200, 3, 4, 4, generator=seeded(0), dtype=torch.float32)
+    assert likeness.frechet_distance(pictures, pictures, Corner()) == pytest.approx(0, abs=1e-5)
+    assert likeness.frechet_distance(pictures, pictures + 0.5, Corner()) == pytest.approx(0.5, abs=1e-3)
+
+
+# Ways that fail
+
+
+def test_a_way_that_fails_is_reported():
+    @contextmanager
+    def on(pipe):
+        raise RuntimeError("no kernel\nfor this")
+        yield
+
+    pictures = torch.rand(2, 3, 16, 16, generator=seeded(0))
+
+    def draw_way(way):
+        from tgate_processors.quality import Drawn
+
+        with way.on(None):
+            return Drawn(pictures, 10)
+
+    rows = compare(
+        [ways.stock(), Way("broken", on), ways.stock()],
+        draw_way,
+        lambda drawn, stock: {"all": torch.tensor([True, False])},
+        "all",
+    )
+    assert [row.error for row in rows] == [None, "RuntimeError: no kernel for this", None]
+    assert rows[2].psnr.mean == math.inf
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.functional", None)
+    with pytest.raises(ImportError, match=r"`torchmetrics` must be installed.*tgate-processors\[quality\]"):
+        likeness.psnr(torch.zeros(1), torch.zeros(1))
+
+
+def test_names_choose():
+    chosen = named([one.way for one in demo_ways(STEPS)], ["Deep"])
+    assert [way.name for way in chosen] == ["stock", "DeepCache, interval 3", "DeepCache, interval 3, gated"]
+    with pytest.raises(
+        ConfigError, match=r"`only` must hold parts of names, got 'nobody'\. They are: stock, gate step 1"
+    ):
+        named([one.way for one in demo_ways(STEPS)], ["nobody"])
+
+
+# The command
+
+
+def test_quality_of_the_demo(tmp_path, capsys):
+    picture = tmp_path / "q.png"
+    arguments = ["quality", "--count", "2", "--steps", "6", "--seed", "5", "--only", "gate step", "look: 1", "tomesd"]
+    assert main([*arguments, "--json", "--plot", str(picture)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert next(iter(rows)) == "stock"
+    assert {f"gate step {step}" for step in range(1, 6)} | {"gate step auto"} <= rows.keys()
+    assert all(row["error"] is None for row in rows.values())
+    assert rows["gate step 1"]["arithmetic"] < rows["gate step 5"]["arithmetic"] < 1
+    assert rows["gate step 1"]["psnr"]["mean"] < rows["gate step 5"]["psnr"]["mean"]
+    assert {"shape", "colour", "size", "pattern", "all"} <= rows["stock"]["scores"].keys()
+    assert report["gate_step"] in range(1, 6)
+    assert picture.is_file()
+
+
+def test_quality_of_ones_own_pipeline(tmp_path, capsys):
+    """The demo's model saved as any pipeline is, with prompts of one's own."""
+    folder, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    load_demo_pipeline().save_pretrained(folder)
+    prompts.write_text("a large red circle on a blue background\na small green cross on a white background\n")
+    arguments = ["quality", "--model", str(folder), "--prompts", str(prompts), "--steps", "5", "--guidance", "5"]
+    assert main([*arguments, "--only", "gate step", "guidance"]) == 0
+    printed = capsys.readouterr().out
+    assert "pipeline StableDiffusionPipeline, scheduler DDIMScheduler, steps 5, prompts 2" in printed
+    assert "likeness" in printed
+    assert "gate step 2" in printed
+
+
+def test_clip_scores_where_a_model_is_at_hand(tmp_path):
+    """A tiny CLIP of random weights, from disk."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    tokenizer = load_demo_pipeline().tokenizer
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 20,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16})
+    model = CLIPModel(config)
+    size = {"shortest_edge": 32}
+    processor = CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=32), tokenizer)
+    pictures = torch.rand(4, 3, 48, 48, generator=seeded(0))
+    prompts = ["a red circle", "a large blue square", "a small cross", "a green triangle"]
+    model.visual_projection.weight.data.copy_(model.text_projection.weight.data)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    expected = []
+    for picture, prompt in zip((pictures * 255).round().to(torch.uint8), prompts, strict=True):
+        inputs = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            output = model(**inputs)
+        cosine = float(functional.cosine_similarity(output.image_embeds, output.text_embeds))
+        expected.append(max(0.0, 100 * cosine))
+    assert any(expected)
+    assert likeness.clip_score(pictures, prompts, str(tmp_path)).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a circle"], "`PROMPT` must be left out for the demo"),
+        (["--count", "1"], "`count` must be a whole number of at least 2, got 1"),
+        (["--steps", "3"], '`num_inference_steps` must be at least 5 with `gate_step="auto"`, got 3'),
+        (["--steps", "6", "--only", "nobody"], "`only` must hold parts of names, got 'nobody'"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(["quality", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_are_needed():
+    with pytest.raises(ConfigError, match="`prompts` must be a list of at least one prompt"):
+        quality_of_pipeline(tiny("sd").pipe, [], num_inference_steps=5)
