@@ -93,6 +93,14 @@ def test_contestants_share_weights_and_nothing_else():
     assert torch.equal(first(**kwargs).images, second(**kwargs).images)
 
 
+def test_watching_is_timed_where_there_are_steps_enough():
+    known = resized(TINY["sd"], steps=6)
+    watched = bench(Rig("sd", known, TGateConfig(gate_step=2)), rounds=1, only=["watching"]).rows[1]
+    assert watched.planning_to_stock is not None
+    assert watched.fidelity_step is None
+    assert [c.name for c in contestants.contestants(rig("sd"), 2) if "watching" in c.name] == []
+
+
 def test_a_contestant_that_fails_is_reported(monkeypatch):
     def fails(rig, compiles):
         raise RuntimeError("no kernel\nfor this")

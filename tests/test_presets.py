@@ -34,7 +34,7 @@ def test_each_has_a_source():
 
 
 def test_a_name_that_is_none():
-    with pytest.raises(ConfigError, match="`name` must be one of sd-1.5, .*, got 'flux'"):
+    with pytest.raises(ConfigError, match=r"`name` must be one of sd-1.5, .*, got 'flux'"):
         preset("flux")
 
 

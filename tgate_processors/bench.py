@@ -241,11 +241,16 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
     if laps.contestant.steps is not None:
         return row
     planning, fidelity = _phases(laps, rig)
-    return replace(
+    row = replace(
         row,
         planning_step=statistics.median(planning),
-        fidelity_step=statistics.median(fidelity),
         planning_to_stock=_paired(planning, _phases(stock, rig)[0]),
+    )
+    if not laps.contestant.closes:
+        return row
+    return replace(
+        row,
+        fidelity_step=statistics.median(fidelity),
         fidelity_to_limit=None if limit is None else _paired(fidelity, _phases(limit, rig)[1]),
     )
 

@@ -13,6 +13,7 @@ from tgate_processors.guidance import Inputs, sample_of, take_half
 from tgate_processors.layers import cross_attention_layers
 from tgate_processors.pipelines import denoisers_of
 from tgate_processors.rig import Rig
+from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 
 Mark = Callable[[], None]  # called after each step
@@ -27,11 +28,13 @@ class Contestant:
         name: Of its row.
         prepare: Makes the run, once; raises where it cannot.
         steps: Of its run; None: the rig's.
+        closes: Whether its steps after the gate differ from those before it.
     """
 
     name: str
     prepare: Callable[[Rig, bool], Run]
     steps: int | None = None
+    closes: bool = True
 
 
 def _compiled(pipe: Any, compiles: bool) -> None:
@@ -176,6 +179,10 @@ def pyramid_attention_broadcast(rig: Rig, compiles: bool) -> Run:
     return _PipelineRun(rig, pipe, ways.stock())
 
 
+# What deciding costs a step before the gate; random weights do not converge, and here never do.
+_WATCHING = TGateConfig(gate_step="auto", tolerance=1e-9)
+
+
 def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
     """All of them, the stock pipeline first.
 
@@ -185,9 +192,11 @@ def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
     """
     gated = by_way(ways.gated(rig.config, "tgate_processors"))
     dropping = _needs_guidance(by_way(ways.dropping_guidance(rig.gate_step, rig.known.steps, first=True)))
+    watching = Contestant("watching, as with gate step auto", by_way(ways.gated(_WATCHING, "")), closes=False)
     return [
         Contestant("stock", by_way(ways.stock())),
         Contestant("tgate_processors", gated),
+        *([watching] if rig.known.steps >= LEAST_STEPS_FOR_AUTO else []),
         Contestant("surgical limit", surgical_limit),
         Contestant("dropping guidance alone", dropping),
         Contestant(f"fewer steps: {equal_steps}", by_way(ways.fewer_steps(equal_steps)), equal_steps),

@@ -16,7 +16,8 @@ from tgate_processors.errors import ConfigError
 
 Branch = Literal["negative", "positive"]
 GateStep = int | float | Literal["auto"]
-LEAST_STEPS_FOR_AUTO = 5  # two changes are measured, in steps 1 and 2; step 3 stores; step 4 is the first to gain
+LEAST_CHANGES_FOR_AUTO = 2  # one small change is none
+LEAST_STEPS_FOR_AUTO = LEAST_CHANGES_FOR_AUTO + 3  # a change needs two steps; then one stores, and one gains
 
 
 class AttentionMode(Enum):
@@ -108,7 +109,7 @@ class TGateConfig:
     warm_up: int = 0
     branch: Branch | None = None
     look_interval: int | None = None
-    tolerance: float = 0.08
+    tolerance: float = 0.09
     offload_cache: bool = False
 
     def __post_init__(self) -> None:
@@ -167,7 +168,7 @@ def _require_gate_step(value: object) -> None:
 def require_tolerance(value: object) -> None:
     """Raise `ConfigError` unless `value` is a number between 0 and 1."""
     if not isinstance(value, float) or not 0 < value < 1:
-        raise ConfigError(f"`tolerance` must be a number between 0 and 1, got {value!r}. Pass for example 0.08.")
+        raise ConfigError(f"`tolerance` must be a number between 0 and 1, got {value!r}. Pass for example 0.09.")
 
 
 class Schedule:

@@ -8,8 +8,7 @@ from statistics import fmean
 from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, total
 from tgate_processors.guidance import sample_of
 from tgate_processors.network import GatedNetwork
-from tgate_processors.schedule import Phase, Schedule, StepMode, TGateConfig
-from tgate_processors.watch import PATIENCE
+from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Phase, Schedule, StepMode, TGateConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Summary:
     def _reason(self) -> list[str]:
         if not self.changes:
             return []
-        last = ", ".join(f"{change:.3f}" for change in self.changes[-PATIENCE:])
+        last = ", ".join(f"{change:.3f}" for change in self.changes[-LEAST_CHANGES_FOR_AUTO:])
         word = "not all under" if self.gate_closed_at is None else "under"
         return [f"  of itself       cross-attention changed by {last}: {word} {self.schedule.config.tolerance:g}"]
 

@@ -6,9 +6,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO
+
 
 NUM_WATCHED = 4  # layers, evenly spread over the network: their outputs are kept for a step
-PATIENCE = 2  # steps of the papers' runs for which it stays under the tolerance: single changes are noisy
+PATIENCE = 4  # of the papers' steps for which it stays under the tolerance: it is small for a while at the start too
 PAPER_STEPS = 25  # of the papers' runs; a step of a shorter run is a larger part of it, and changes more
 
 
@@ -30,7 +32,7 @@ def last_changes(changes: Sequence[Sequence[float]], num_steps: int) -> list[flo
         changes: Of one step after the other, for each watched layer.
         num_steps: Of the run.
     """
-    patience = max(PATIENCE, round(PATIENCE * to_paper_steps(num_steps)))
+    patience = max(LEAST_CHANGES_FOR_AUTO, round(PATIENCE * to_paper_steps(num_steps)))
     return [fmean(layers) for layers in changes[-patience:]] if len(changes) >= patience else []
 
 
