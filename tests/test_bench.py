@@ -1,6 +1,7 @@
 """The benchmark: every contestant in turn, ratios of what belongs together, and who fails says so."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_contestants_share_weights_and_nothing_else():
 
 
 def test_watching_is_timed_where_there_are_steps_enough():
-    known = resized(TINY["sd"], steps=6)
+    known = replace(TINY["sd"], steps=6)
     watched = bench(Rig("sd", known, TGateConfig(gate_step=2)), rounds=1, only=["watching"]).rows[1]
     assert watched.planning_to_stock is not None
     assert watched.fidelity_step is None
@@ -149,7 +150,7 @@ def test_reducing():
         (lambda: reduced(architecture("pixart-alpha"), 5), "`reduce` must divide the 16 heads"),
         (lambda: reduced(architecture("sd-1.5"), 0), "`reduce` must be a whole number of at least 1"),
         (lambda: bench(rig("sd"), rounds=0), "`rounds` must be a whole number of at least 1"),
-        (lambda: bench(rig("sd"), only=["nobody"]), "`only` must name contestants, got 'nobody'. They are: stock,"),
+        (lambda: bench(rig("sd"), only=["nobody"]), "`only` must hold parts of names, got 'nobody'. They are: stock,"),
         (lambda: rig("sd", batch=0), "`batch` must be a whole number of at least 1"),
         (
             lambda: Rig("sd", resized(TINY["sd"], steps=2, height=None, width=None), TGateConfig(gate_step=2)),

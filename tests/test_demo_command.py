@@ -13,7 +13,6 @@ from tgate_processors.cli import main
 from tgate_processors.demo import load_demo_pipeline, parse
 from tgate_processors.demo.compare import compare
 from tgate_processors.demo.model import WEIGHTS
-from tgate_processors.demo.tradeoff import cross_attention_change, drop_guidance
 from tgate_processors.run_cost import run_cost
 
 
@@ -85,19 +84,3 @@ def test_the_likeness_by_hand(pipe):
     pair = comparison(pipe, gate_step=4)
     pair.gated.pictures = pair.stock.pictures + 0.2  # of a range of 2: a tenth, 20 dB
     torch.testing.assert_close(pair.psnr, torch.full((2,), 20.0))
-
-
-def test_the_control_drops_guidance_and_keeps_the_prompt(pipe):
-    batches = []
-    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    generator = torch.Generator().manual_seed(0)
-    pipe([PROMPT] * 2, num_inference_steps=5, generator=generator, output_type="latent", **drop_guidance(2))
-    hook.remove()
-    assert batches == [4, 4, 2, 2, 2]
-
-
-def test_the_change_of_cross_attention(pipe):
-    change = cross_attention_change(pipe, [PROMPT], [0], num_inference_steps=5, guidance_scale=5.0)
-    assert change.shape == (4,)
-    assert (change > 0).all()
-    assert not pipe.unet._forward_pre_hooks

@@ -5,7 +5,8 @@ import logging
 import pytest
 from tiny import tiny
 
-from tgate_processors import PRESETS, ConfigError, TGateConfig, apply_tgate, handle, preset
+from tgate_processors import ConfigError, TGateConfig, apply_tgate, handle, preset
+from tgate_processors.presets import PRESETS
 
 
 @pytest.mark.parametrize(

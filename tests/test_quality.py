@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from tgate_processors import ConfigError, TGateConfig, apply_tgate, likeness, ways
 from tgate_processors.cli import main
+from tgate_processors.demo import experiments
 from tgate_processors.demo.evaluate import generate, held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.quality import DemoWay, _Stock, demo_ways
@@ -108,6 +109,41 @@ def test_arithmetic_is_counted_run_by_run(pipe):
         assert auto.macs == tgate.summary().cost.macs
     assert draw(pipe, ways.token_merging(0.5), 2, arguments).macs < stock.macs
     assert draw(pipe, ways.deep_cache(3), 2, arguments).macs < stock.macs
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("the mean of the halves stored (the papers')", TGateConfig(gate_step=9)),
+        ("looks at 11, 17, 23; fading 0.9", TGateConfig(gate_step=6, look_interval=6)),
+        ("looks every 4 from 2 on; fading 0.9 (8 steps)", TGateConfig(gate_step=3, look_interval=4)),
+    ],
+)
+def test_the_experiments_loop_draws_what_the_pipeline_draws(name, config):
+    """The variants that the library offers come out of the loop of the experiments too."""
+    scenes = held_out_scenes(2, 9)
+    pipe = load_demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": experiments.STEPS, "guidance_scale": experiments.SCALE}
+    with apply_tgate(pipe, config) as tgate:
+        expected = generate(pipe, [caption(s) for s in scenes], range(9, 11), **settings, callback_on_step_end=tgate)
+    with torch.no_grad():
+        loop = experiments.Loop(load_demo_pipeline(), scenes, 9)
+        loop.pictures(loop.stock)
+        variant = next(variant for variant in experiments.VARIANTS if variant.name == name)
+        drawn = loop.pictures(lambda *chunk: loop.run(variant, *chunk))
+    assert torch.allclose(drawn * 2 - 1, expected.clamp(-1, 1), rtol=0, atol=1e-3)
+
+
+def test_the_experiments_are_a_command(capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "VARIANTS", experiments.VARIANTS[:1] + experiments.VARIANTS[11:12])
+    experiments.main(["--count", "2", "--seeds", "4"])
+    printed = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in printed.splitlines()[1:]] == [
+        "stock",
+        "guidance dropped, cross-attention computed (the control)",
+        "guidance kept by frequency",
+    ]
 
 
 # Numbers
@@ -280,7 +316,7 @@ def test_clip_scores_where_a_model_is_at_hand(tmp_path):
     processor = CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=32), tokenizer)
     pictures = torch.rand(4, 3, 48, 48, generator=seeded(0))
     prompts = ["a red circle", "a large blue square", "a small cross", "a green triangle"]
-    model.visual_projection.weight.data.copy_(model.text_projection.weight.data)
+    model.visual_projection.weight.data.copy_(-model.text_projection.weight.data)  # so that some are positive
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     expected = []

@@ -14,13 +14,12 @@ from tgate_processors.loaders import (
     TgateSDXLLoader,
     TgateSVDLoader,
 )
-from tgate_processors.presets import PRESETS, preset
+from tgate_processors.presets import preset
 from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors
 from tgate_processors.schedule import TGateConfig
 
 
 __all__ = [
-    "PRESETS",
     "ConfigError",
     "Convergence",
     "Gate",
