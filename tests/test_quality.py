@@ -279,7 +279,7 @@ def test_quality_of_the_demo(tmp_path, capsys):
     assert all(row["error"] is None for row in rows.values())
     assert rows["gate step 1"]["arithmetic"] < rows["gate step 5"]["arithmetic"] < 1
     assert rows["gate step 1"]["psnr"]["mean"] < rows["gate step 5"]["psnr"]["mean"]
-    assert {"shape", "colour", "size", "pattern", "all"} <= rows["stock"]["scores"].keys()
+    assert {"shape", "colour", "size", "pattern", "all right"} <= rows["stock"]["scores"].keys()
     assert report["gate_step"] in range(1, 6)
     assert picture.is_file()
 

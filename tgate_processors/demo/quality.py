@@ -123,18 +123,18 @@ def quality_of_demo(
             for index, name in enumerate(ATTRIBUTES)
             if reading.named[:, index].any()  # few prompts may have no relation among them
         }
-        return {**by_attribute, "all": reading.whole}
+        return {**by_attribute, "all right": reading.whole}
 
     with tqdm(total=len(chosen) * count, desc="drawing", unit="picture") as bar:
         rows = compare(
             chosen,
             lambda way: stock.draw(all_ways[way], bar),
             score,
-            "all",
+            "all right",
             lambda pictures: frechet_distance(pictures, real, Latents(pipe.vae)),
         )
     settings = {"model": "demo", "prompts": count, "steps": steps, "guidance": guidance, "seed": seed}
-    return Report(settings, "all", rows)
+    return Report(settings, "all right", rows)
 
 
 class Latents(torch.nn.Module):
