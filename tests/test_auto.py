@@ -121,6 +121,15 @@ def test_a_run_that_closes_itself_is_the_run_with_that_gate_step(gate_step):
     assert left_behind(before, subject.denoiser) == {}
 
 
+def test_a_run_knows_nothing_of_the_last_ones_decision():
+    gate = Gate(AUTO)
+    gate.start(9)
+    gate.close_at(3)
+    assert gate.gate_step == 3
+    gate.start(9)
+    assert (gate.closes_at, gate.gate_step) == (None, 9)
+
+
 def test_a_run_that_does_not_converge_is_the_stock_run():
     subject = tiny("sd")
     stock = subject(num_inference_steps=STEPS)

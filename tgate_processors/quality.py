@@ -116,10 +116,23 @@ class Report:
     def gate_step(self) -> int | None:
         """The gate step that the frontier suggests: that of the largest score less half of the arithmetic.
 
-        A per cent of the stock pipeline's arithmetic must buy half a point. None: fewer than two were drawn.
+        A per cent of the stock pipeline's arithmetic must buy half a point. What a gate loses is taken to fall
+        exponentially with its step, fitted to all gates by least squares: single shares are noisy. None: fewer than
+        three were drawn.
         """
-        gates = [row for row in self._measured() if row.gate_step is not None]
-        return max(gates, key=lambda row: self.score(row) - row.arithmetic / 2).gate_step if len(gates) > 1 else None
+        gates = {row.gate_step: row for row in self._measured() if row.gate_step is not None}
+        if len(gates) < 3:
+            return None
+        losses = {step: self.score(self.rows[0]) - self.score(row) for step, row in gates.items()}
+
+        def fit(rate: float) -> tuple[float, float]:
+            """The sum of squares that is left, and the loss at step 0."""
+            size = sum(loss * rate**step for step, loss in losses.items()) / sum(rate ** (2 * step) for step in losses)
+            return sum((loss - size * rate**step) ** 2 for step, loss in losses.items()), size
+
+        rate = min((hundredth / 100 for hundredth in range(30, 100)), key=fit)
+        _, size = fit(rate)
+        return min(gates, key=lambda step: size * rate**step + gates[step].arithmetic / 2)
 
     def score(self, row: Row) -> float:
         """The deciding score of a row."""
@@ -160,7 +173,9 @@ class Report:
             if row.gate_steps
         ]
         suggested = self.gate_step()
-        suggestion = f"gate step {suggested}: of the papers' gates, the largest score less half of the arithmetic"
+        suggestion = (
+            f"gate step {suggested}: of the papers' gates, the largest fitted score less half of the arithmetic"
+        )
         notes = [*([] if suggested is None else [suggestion]), *closings, *failures]
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         return "\n".join([settings, "", format_table(lines), "", *notes]).rstrip()
