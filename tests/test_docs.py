@@ -15,11 +15,12 @@ BLOCKS = [(page.name, block) for page in PAGES for block in re.findall(r"```pyth
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
-def test_a_block_runs(page, block, monkeypatch):
+def test_a_block_runs(page, block, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     subject = tiny("sdxl")
     stock_call = type(subject.pipe).__call__
 
