@@ -28,6 +28,7 @@ ORDER = [
     "loaders",
     "ways",
     "likeness",
+    "quality_report",
     "quality",
     "generate",
     "architectures",

@@ -19,7 +19,8 @@ from tgate_processors.demo.evaluate import generate, held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.quality import DemoWay, _Stock, demo_ways
 from tgate_processors.demo.world import caption
-from tgate_processors.quality import Estimate, Report, Row, compare, draw, estimate, plot, quality_of_pipeline
+from tgate_processors.quality import Drawn, compare, draw, quality_of_pipeline
+from tgate_processors.quality_report import Estimate, Report, Row, estimate, plot
 from tgate_processors.ways import Way, named
 
 
@@ -248,8 +249,6 @@ def test_a_way_that_fails_is_reported():
     pictures = torch.rand(2, 3, 16, 16, generator=seeded(0))
 
     def draw_way(way):
-        from tgate_processors.quality import Drawn
-
         with way.on(None):
             return Drawn(pictures, 10)
 
@@ -305,7 +304,9 @@ def test_quality_of_ones_own_pipeline(tmp_path, capsys):
     arguments = ["quality", "--model", str(folder), "--prompts", str(prompts), "--steps", "5", "--guidance", "5"]
     assert main([*arguments, "--only", "gate step", "guidance"]) == 0
     printed = capsys.readouterr().out
-    assert "pipeline StableDiffusionPipeline, scheduler DDIMScheduler, steps 5, prompts 2" in printed
+    assert (
+        "pipeline StableDiffusionPipeline, scheduler DDIMScheduler, guidance_scale 5.0, steps 5, prompts 2" in printed
+    )
     assert "likeness" in printed
     assert "gate step 2" in printed
 

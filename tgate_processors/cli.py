@@ -396,7 +396,8 @@ def run_quality(options: argparse.Namespace) -> None:
     """Measure the demo's model, or one's own."""
     from tgate_processors.demo.quality import quality_of_demo
     from tgate_processors.generate import share_of_this_process
-    from tgate_processors.quality import plot, quality_of_pipeline
+    from tgate_processors.quality import quality_of_pipeline
+    from tgate_processors.quality_report import plot
 
     pipe = _pipeline_of(options, share_of_this_process()[1])
     settings = _guidance_of(options)

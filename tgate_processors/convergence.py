@@ -1,7 +1,7 @@
 """How a model's cross-attention converges over a run: the curve of the papers' figure 2, and the gate step in it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median_low
@@ -131,15 +131,8 @@ def measure_convergence(
             "`pipe` must evaluate all of its cross-attention in every step to be measured, got steps without. "
             "Disable what skips layers, such as DeepCache."
         )
-    settings = {
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "num_inference_steps": num_inference_steps,
-        "prompts": list(prompts),
-        "seed": seed,
-        **{name: value for name, value in call_kwargs.items() if isinstance(value, int | float | str)},
-    }
-    return Convergence(torch.tensor(changes), layers, settings)
+    settings = {"num_inference_steps": num_inference_steps, "prompts": list(prompts), "seed": seed}
+    return Convergence(torch.tensor(changes), layers, described(pipe, call_kwargs) | settings)
 
 
 @dataclass(frozen=True)
@@ -213,6 +206,12 @@ def suggestion(
         tuple(convergence.median().tolist()),
         saved,
     )
+
+
+def described(pipe: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline and the plain arguments of its call, for a record."""
+    plain = {name: value for name, value in call_kwargs.items() if isinstance(value, int | float | str)}
+    return {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__, **plain}
 
 
 def require_prompts(prompts: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from tgate_processors.gate import Gate
 from tgate_processors.layers import cross_attention_layers
 from tgate_processors.likeness import psnr
 from tgate_processors.processors import gated_processors
-from tgate_processors.quality import estimate
+from tgate_processors.quality_report import estimate
 from tgate_processors.schedule import StepMode, TGateConfig, format_table
 
 

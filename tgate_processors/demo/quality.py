@@ -16,7 +16,8 @@ from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.render import render
 from tgate_processors.demo.world import Scene, caption
 from tgate_processors.likeness import frechet_distance
-from tgate_processors.quality import Drawn, Report, compare, draw
+from tgate_processors.quality import Drawn, compare, draw
+from tgate_processors.quality_report import Report
 from tgate_processors.schedule import TGateConfig, require_whole
 from tgate_processors.ways import Changes, Way
 
