@@ -233,8 +233,10 @@ def test_a_frechet_distance_by_hand():
             return pictures[:, :2, 0, 0]
 
     pictures = torch.rand(200, 3, 4, 4, generator=seeded(0), dtype=torch.float32)
-    assert likeness.frechet_distance(pictures, pictures, Corner()) == pytest.approx(0, abs=1e-5)
-    assert likeness.frechet_distance(pictures, pictures + 0.5, Corner()) == pytest.approx(0.5, abs=1e-3)
+    distance = likeness.FrechetDistance(pictures, Corner())
+    assert distance(pictures) == pytest.approx(0, abs=1e-5)
+    assert distance(pictures + 0.5) == pytest.approx(0.5, abs=1e-3)
+    assert distance(pictures) == pytest.approx(0, abs=1e-5)  # with nothing of the pictures before
 
 
 # Ways that fail

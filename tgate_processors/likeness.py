@@ -68,23 +68,29 @@ def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
     return torch.stack([metric(picture, prompt) for picture, prompt in pairs])
 
 
-def frechet_distance(pictures: Tensor, real: Tensor, features: torch.nn.Module) -> float:
+class FrechetDistance:
     """Fréchet distance between the features of pictures and of real ones.
 
     Args:
-        pictures, real: `(count, 3, height, width)` in 0..1; more than there are features.
+        real: `(count, 3, height, width)` in 0..1; more than there are features.
         features: From such a batch to `(count, features)`, their number in its `num_features`.
 
     Raises:
         MissingPackageError: `torchmetrics` is not installed.
     """
-    _functional()
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=features, normalize=True)
-    metric.update(real, real=True)
-    metric.update(pictures, real=False)
-    return float(metric.compute())
+    def __init__(self, real: Tensor, features: torch.nn.Module) -> None:
+        _functional()
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self._metric = FrechetInceptionDistance(feature=features, normalize=True, reset_real_features=False)
+        self._metric.update(real, real=True)
+
+    def __call__(self, pictures: Tensor) -> float:
+        """Of pictures as the real ones are."""
+        self._metric.reset()
+        self._metric.update(pictures, real=False)
+        return float(self._metric.compute())
 
 
 def _functional() -> Any:

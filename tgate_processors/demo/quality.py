@@ -15,7 +15,7 @@ from tgate_processors.demo.checker import ATTRIBUTES, read
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.render import render
 from tgate_processors.demo.world import Scene, caption
-from tgate_processors.likeness import frechet_distance
+from tgate_processors.likeness import FrechetDistance
 from tgate_processors.quality import Drawn, compare, draw
 from tgate_processors.quality_report import Report
 from tgate_processors.schedule import TGateConfig, require_whole
@@ -132,7 +132,7 @@ def quality_of_demo(
             lambda way: stock.draw(all_ways[way], bar),
             score,
             "all right",
-            lambda pictures: frechet_distance(pictures, real, Latents(pipe.vae)),
+            FrechetDistance(real, Latents(pipe.vae)),
         )
     settings = {"model": "demo", "prompts": count, "steps": steps, "guidance": guidance, "seed": seed}
     return Report(settings, "all right", rows)
