@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import fingerprint, left_behind, seeded, tiny
+from torch.nn import functional
 
 from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors.cli import main
@@ -78,6 +79,18 @@ def test_a_run_decides_as_the_record_says(pipe, measured):
                 )
                 assert (tgate.summary().gate_closed_at or 10) == gate_step
     assert len({measured.gate_step(tolerance) for tolerance in (0.05, 0.1, 0.2)}) > 1
+
+
+def test_runs_of_20_and_50_steps_agree_after_scaling(pipe):
+    """The change in a twenty-fifth of the run, at the same part of the run."""
+    short, long = (
+        measure_convergence(pipe, PROMPTS, num_inference_steps=steps, guidance_scale=5.0) for steps in (20, 50)
+    )
+    # a step of the short run covers two and a half of the long one
+    pooled = functional.interpolate(long.median()[None, None], size=19, mode="area")[0, 0]
+    assert float(torch.corrcoef(torch.stack([short.median(), pooled]))[0, 1]) > 0.8
+    assert float(pooled.mean() / short.median().mean()) == pytest.approx(1, abs=0.2)
+    assert abs(short.gate_step() / 20 - long.gate_step() / 50) < 0.15
 
 
 def test_the_gate_step_by_hand():
