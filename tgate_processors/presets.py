@@ -36,7 +36,7 @@ PRESETS = {
     "lcm-sdxl": Preset(TGateConfig(gate_step=0.25), _LCM),
     "lcm-pixart": Preset(TGateConfig(gate_step=0.25), _LCM),
     "looks": Preset(
-        TGateConfig(gate_step=0.24, look_interval=6),
+        TGateConfig(gate_step=0.12, look_interval=4),
         "docs/quality.md: of what was tried on the embedded model, what keeps most of the meaning",
     ),
     "auto": Preset(TGateConfig(gate_step="auto"), "docs/quality.md: the tolerance was found on the embedded model"),

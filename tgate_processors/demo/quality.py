@@ -61,9 +61,8 @@ def demo_ways(steps: int, *, every: int = 1) -> list[DemoWay]:
     return [
         DemoWay(ways.stock()),
         *(DemoWay(_gate_of_the_rest(step), start=step - 1) for step in gates),
-        *(DemoWay(_without_guidance(step), start=step) for step in gates[1::2]),
+        *(DemoWay(_without_guidance(step), start=step) for step in gates[1::3]),
         DemoWay(gate("gate step auto", gate_step="auto"), batch_size=1),  # it decides prompt by prompt
-        DemoWay(gate("look: auto, every 4", gate_step="auto", look_interval=4), batch_size=1),
         DemoWay(gate(f"look: {part(0.12)}, every 4", gate_step=0.12, look_interval=4)),
         DemoWay(gate(f"look: {part(0.24)}, every 6", gate_step=0.24, look_interval=6)),
         DemoWay(gate(f"gate {part(0.4)}, sp_interval 5", gate_step=0.4, sp_interval=5, warm_up=2)),
