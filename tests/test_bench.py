@@ -173,7 +173,7 @@ def test_the_command(tmp_path, capsys):
     from tgate_processors.demo.model import WEIGHTS
 
     picture = tmp_path / "bench.png"
-    arguments = ["--pipeline", str(WEIGHTS), "--steps", "3", "--gate-step", "1", "--rounds", "1", "--json"]
+    arguments = ["--model", str(WEIGHTS), "--steps", "3", "--gate-step", "1", "--rounds", "1", "--json"]
     only = ["--only", "tgate_processors", "surgical"]
     assert main(["bench", *arguments, *only, "--plot", str(picture)]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors.cli import main
-from tgate_processors.convergence import Convergence, measure_convergence, plot
+from tgate_processors.convergence import Convergence, measure_convergence, plot_convergence
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.layers import cross_attention_layers
 
@@ -113,7 +113,7 @@ def test_it_is_saved_with_its_settings(measured, tmp_path):
 
 
 def test_it_is_pictured(measured, tmp_path):
-    plot(measured, tmp_path / "plot.png", tolerance=0.1)
+    plot_convergence(measured, tmp_path / "plot.png", tolerance=0.1)
     with Image.open(tmp_path / "plot.png") as picture:
         assert min(picture.size) > 800
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
-from tgate_processors.architectures import ARCHITECTURES, Architecture, architecture, pipeline_on_disk
+from tgate_processors.architectures import ARCHITECTURES, Architecture, architecture
 from tgate_processors.cli import main
 from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, on_meta
 from tgate_processors.run_cost import PUBLISHED, run_cost, table_row
@@ -101,7 +101,7 @@ def test_the_command_prints_a_table(capsys):
 def test_a_pipeline_on_disk(tmp_path, capsys):
     subject = tiny("sd")
     subject.pipe.save_pretrained(tmp_path)
-    assert main(["cost", "--pipeline", str(tmp_path), "--gate-step", "5", "--steps", "12", "--json"]) == 0
+    assert main(["cost", "--model", str(tmp_path), "--gate-step", "5", "--steps", "12", "--json"]) == 0
     parameters = sum(weight.numel() for weight in subject.denoiser.parameters())
     assert json.loads(capsys.readouterr().out)["parameters"] == parameters
 
@@ -109,11 +109,13 @@ def test_a_pipeline_on_disk(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "flux"], f"`model` must be one of {', '.join(ARCHITECTURES)}, got 'flux'"),
+        (
+            ["--model", "flux"],
+            f"`model` must be one of {', '.join(ARCHITECTURES)}, or the folder of a saved pipeline",
+        ),
         (["--model", "sdxl", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, a fraction"),
         (["--model", "sdxl", "--height", "100"], "`height` must be a multiple of 8, got 100"),
         (["--model", "sdxl", "--cache-interval", "0"], "`cache_interval` must be a whole number of at least 1"),
-        (["--pipeline", "/nowhere"], "`pipeline` must be the folder of a saved pipeline, got '/nowhere' without"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -124,7 +126,7 @@ def test_bad_arguments(arguments, message, capsys):
 def test_a_pipeline_of_an_unknown_denoiser(tmp_path):
     (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
     with pytest.raises(UnsupportedPipelineError, match=r"must have a UNet2DConditionModel or a .*, got Flux"):
-        pipeline_on_disk(tmp_path)
+        architecture(str(tmp_path))
 
 
 def test_an_unknown_architecture():

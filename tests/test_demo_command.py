@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tgate_processors import TGateConfig
-from tgate_processors.architectures import pipeline_on_disk, resized
+from tgate_processors.architectures import architecture, resized
 from tgate_processors.cli import main
 from tgate_processors.demo import load_demo_pipeline, parse
 from tgate_processors.demo.compare import compare
@@ -34,7 +34,8 @@ def test_the_command_draws_and_tells(tmp_path, capsys):
     for line in ("arithmetic, GMACs a picture", "faster", "attributes right", "wholly right", "dB", str(out)):
         assert line in printed
     with Image.open(out) as picture:
-        assert picture.size == (96 + 192 + 2 * 16, 64 + 2 * (192 + 16) + 4 * 16 + 16)
+        assert picture.width == 16 + 80 + 192 + 16
+        assert picture.height > 2 * 192
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_both_start_from_the_same_noise(pipe):
 
 def test_the_cost_of_the_pipeline_on_disk_is_its_runs(pipe):
     summary = comparison(pipe, gate_step=1).summary  # of two pictures
-    counted = run_cost(resized(pipeline_on_disk(WEIGHTS), steps=4, height=None, width=None), TGateConfig(gate_step=1))
+    counted = run_cost(resized(architecture(str(WEIGHTS)), steps=4, height=None, width=None), TGateConfig(gate_step=1))
     assert (summary.stock_macs, summary.cost.macs) == (2 * counted.stock_macs, 2 * counted.gated_macs)
 
 

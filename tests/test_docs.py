@@ -1,40 +1,79 @@
-"""The python blocks of README and docs run, on tiny pipelines."""
+"""What README and docs show is run: python on tiny pipelines, commands by their options, links, names of tests."""
 
-import inspect
 import re
+import shlex
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
-import diffusers
+import hub
 import pytest
-from tiny import tiny
+from zoo import ENTRIES, seeded
+
+from tgate_processors.cli import EPILOG, parser
+from tgate_processors.presets import PRESETS
 
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [(page.name, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
+BLOCKS = [
+    (page.name, language, block)
+    for page in PAGES
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
+]
+PYTHON = [(page, block) for page, language, block in BLOCKS if language == "python"]
+SHELL = [(page, block) for page, language, block in BLOCKS if language == "sh"]
 
 
-def test_there_are_blocks():
-    assert len(BLOCKS) == 5
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert {language for _, language, _ in BLOCKS} == {"python", "sh", "text", "diff"}
+    assert len(PYTHON) >= 29
+    assert len(SHELL) >= 20
 
 
-@pytest.mark.parametrize(("page", "block"), BLOCKS)
-def test_a_block_runs(page, block, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("page", "block"), PYTHON)
+def test_a_python_block_runs(page, block, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    subject = tiny("sdxl")
-    stock_call = type(subject.pipe).__call__
-
-    def call(pipe, prompt, **kwargs):
-        """Tiny pipelines have no text encoder: embeddings stand in for the prompt."""
-        return stock_call(pipe, **subject.kwargs(**kwargs))
-
-    call.__signature__ = inspect.signature(stock_call)
-    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "__call__", call)
-    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "from_pretrained", lambda name: subject.pipe)
-    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "to", lambda pipe, device: pipe)
-    names = {"pipe": subject.pipe, "unet": subject.pipe.unet}
-    exec("from tgate_processors import TGateConfig\n" + block, names)
+    hub.connect(monkeypatch)
+    pipe = seeded(ENTRIES["StableDiffusionXLPipeline"].build)
+    names = {"pipe": pipe, "unet": pipe.unet}
+    exec(block, names)
+    if {"image", "frames"} & names.keys():
+        assert names["tgate"].summary().gate_closed_at is not None
     assert {"tgate", "gate"} & names.keys()
+
+
+def commands():
+    """Each line of the shell blocks, of commands in running text, and of the help."""
+    blocks = [block for _, block in SHELL]
+    inline = [command for page in PAGES for command in re.findall(r"`(tgate-processors\s[^`]+)`", page.read_text())]
+    examples = [line.split("  ")[1] for line in EPILOG.splitlines() if line.startswith("  tgate-processors")]
+    lines = "\n".join([*blocks, *inline, *examples]).replace("\\\n", " ").splitlines()
+    return sorted({part.strip() for line in lines for part in line.split("&&")} - {""})
+
+
+def test_commands_are_understood():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands():
+        words = shlex.split(command)
+        if words[:2] == ["pip", "install"]:
+            wanted = re.findall(r"\[(.*)\]", words[-1])
+            assert set(",".join(wanted).split(",")) - {""} <= set(extras), command
+        elif words[0] == "tgate-processors" and "COMMAND" not in words:
+            parser().parse_args(words[1:])
+        elif "-m" in words:
+            module, *arguments = words[words.index("-m") + 1 :]
+            assert find_spec(module), command
+            if module == "tgate_processors" and "COMMAND" not in words:
+                parser().parse_args(arguments)
+        else:
+            assert words[0] in ("pytest", "mkdocs", ".ci/run", "tgate-processors"), command
+
+
+def test_presets_are_listed():
+    listed = (ROOT / "docs" / "choosing.md").read_text()
+    for name, preset in PRESETS.items():
+        assert f"| `{name}` | `{preset.config}` | {preset.source} |" in listed
 
 
 def test_the_tests_that_the_pages_name_are_there():
@@ -47,5 +86,5 @@ def test_the_tests_that_the_pages_name_are_there():
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -20,7 +20,7 @@ from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.quality import DemoWay, _Stock, demo_ways
 from tgate_processors.demo.world import caption
 from tgate_processors.quality import Drawn, compare, draw, quality_of_pipeline
-from tgate_processors.quality_report import Estimate, Report, Row, estimate, plot
+from tgate_processors.quality_report import Estimate, Report, Row, estimate, plot_quality
 from tgate_processors.ways import Way, named
 
 
@@ -210,7 +210,7 @@ def test_few_gates_suggest_nothing():
 
 
 def test_it_is_pictured(tmp_path):
-    plot(REPORT, tmp_path / "plot.png")
+    plot_quality(REPORT, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert min(picture.size) > 800
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
@@ -259,7 +259,8 @@ def test_a_way_that_fails_is_reported():
         draw_way,
         lambda drawn, stock: {"all": torch.tensor([True, False])},
         "all",
-    )
+        {},
+    ).rows
     assert [row.error for row in rows] == [None, "RuntimeError: no kernel for this", None]
     assert rows[2].psnr.mean == math.inf
 

@@ -11,6 +11,7 @@ import torch
 import zoo_motion  # noqa: F401  # registers its pipelines
 import zoo_transformers  # noqa: F401  # registers its pipelines
 import zoo_unets
+from adapters import load_ip_adapters, lora, with_images
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDXLCFGCutoffCallback
 from diffusers.models import attention_processor as zoo_of_processors
 from seen import Seen
@@ -60,46 +61,12 @@ def holds(pipe, kwargs, **counts):
 
 # IP-Adapter
 
-IMAGE_WIDTH, IMAGE_TOKENS = 6, 4
-
-
-def ip_adapter(unet, seed=0):
-    """The state of an adapter, as its files hold it."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape):
-        return torch.randn(shape, generator=generator) * 0.5
-
-    width = unet.config.cross_attention_dim
-    projection = {
-        "proj.weight": drawn(IMAGE_TOKENS * width, IMAGE_WIDTH),
-        "proj.bias": drawn(IMAGE_TOKENS * width),
-        "norm.weight": 1 + drawn(width),
-        "norm.bias": drawn(width),
-    }
-    layers = {}
-    for index, layer in enumerate(cross_attention_layers(unet).values()):
-        for part in ("to_k_ip", "to_v_ip"):
-            layers[f"{2 * index + 1}.{part}.weight"] = drawn(layer.inner_dim, width)
-    return {"image_proj": projection, "ip_adapter": layers}
-
-
-def load(pipe, adapters=1):
-    states = [ip_adapter(pipe.unet, seed) for seed in range(adapters)]
-    pipe.load_ip_adapter(states, subfolder=None, weight_name=[None] * adapters, image_encoder_folder=None)
-
-
-def with_images(kwargs, adapters=1, kind=20):
-    """Each adapter is given embeddings of nothing, for the negative branch, and of an image."""
-    embeds = [of_pictures([0, 1], 1, IMAGE_WIDTH, kind=kind + n) for n in range(adapters)]
-    return kwargs | {"ip_adapter_image_embeds": embeds}
-
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_ip_adapter_loaded_before(name, adapters):
     pipe, kwargs = tiny(name)
-    load(pipe, adapters)
+    load_ip_adapters(pipe, adapters)
     pipe.set_ip_adapter_scale([0.7] * adapters)
     holds(pipe, with_images(kwargs, adapters))
 
@@ -108,14 +75,14 @@ def test_ip_adapter_loaded_before(name, adapters):
 def test_ip_adapter_loaded_while_gated(runs_before):
     """The adapter makes every processor anew; the next run gates the new ones."""
     pipe, kwargs = tiny()
-    load(pipe)
+    load_ip_adapters(pipe)
     expected = gated(pipe, with_images(kwargs))
 
     pipe, kwargs = tiny()
     tgate = apply_tgate(pipe, CONFIG)
     if runs_before:
         pipe(**kwargs, callback_on_step_end=tgate)
-    load(pipe)
+    load_ip_adapters(pipe)
     assert torch.equal(pipe(**with_images(kwargs), callback_on_step_end=tgate)[0], expected)
     tgate.remove()
     kinds = {type(layer.processor) for layer in cross_attention_layers(pipe.unet).values()}
@@ -127,7 +94,7 @@ def test_ip_adapter_loaded_while_gated(runs_before):
 def test_ip_adapter_scale_set_while_gated():
     """`set_ip_adapter_scale` finds gated processors, and what it sets outlives the gate."""
     pipe, kwargs = tiny()
-    load(pipe)
+    load_ip_adapters(pipe)
     kwargs = with_images(kwargs)
     pipe.set_ip_adapter_scale(0.3)
     expected = gated(pipe, kwargs)
@@ -143,7 +110,7 @@ def test_ip_adapter_scale_set_while_gated():
 def test_ip_adapter_image_matters_after_the_gate_as_the_cache_says():
     """Its output is part of what is stored: another image is another picture, another scale after the gate is none."""
     pipe, kwargs = tiny()
-    load(pipe)
+    load_ip_adapters(pipe)
     one, other = (gated(pipe, with_images(kwargs, kind=kind)) for kind in (20, 30))
     assert not torch.allclose(one, other, atol=1e-3)
 
@@ -158,7 +125,7 @@ def test_ip_adapter_image_matters_after_the_gate_as_the_cache_says():
 
 def test_ip_adapter_masks():
     pipe, kwargs = tiny()
-    load(pipe)
+    load_ip_adapters(pipe)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
     kwargs = with_images(kwargs)
@@ -169,7 +136,7 @@ def test_ip_adapter_masks():
 def test_ip_adapter_unloaded_while_gated():
     pipe, kwargs = tiny()
     expected = gated(pipe, kwargs)
-    load(pipe)
+    load_ip_adapters(pipe)
     with apply_tgate(pipe, CONFIG) as tgate:
         pipe(**with_images(kwargs), callback_on_step_end=tgate)
         pipe.unload_ip_adapter()
@@ -180,7 +147,7 @@ def test_ip_adapter_unloaded_while_gated():
 def test_ip_adapter_of_several_pictures():
     """diffusers repeats the image's embeddings for each prompt; folding takes its half of them."""
     pipe, _ = tiny()
-    load(pipe)
+    load_ip_adapters(pipe)
     calls = [with_images(ENTRIES["StableDiffusionPipeline"].call(pictures)) for pictures in ([0, 1], [0], [1])]
     both, one, other = (gated(pipe, kwargs) for kwargs in calls)
     torch.testing.assert_close(both, torch.cat([one, other]), rtol=1e-3, atol=1e-4)
@@ -188,7 +155,7 @@ def test_ip_adapter_of_several_pictures():
 
 def test_ip_adapter_cut_off_by_a_callback_of_diffusers():
     pipe, kwargs = tiny()
-    load(pipe)
+    load_ip_adapters(pipe)
     kwargs = with_images(kwargs)
     cut_off = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
     stock = pipe(**kwargs, callback_on_step_end=cut_off)[0]
@@ -311,17 +278,6 @@ def test_attention_backends():
 
 
 # Weights and features
-
-
-def lora(pipe):
-    """A LoRA of the denoiser, as `load_lora_weights` takes it."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, layer in pipe.unet.named_modules():
-        if name.endswith(("to_q", "to_k", "to_v")):
-            for part, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
-                state[f"unet.{name}.lora_{part}.weight"] = torch.randn(shape, generator=generator)
-    return state
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -19,6 +19,7 @@ from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors
 from tgate_processors.schedule import TGateConfig
 
 
+__version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "Convergence",

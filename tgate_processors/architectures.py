@@ -115,35 +115,31 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> Architecture:
-    """A known architecture by its name.
+    """A known architecture by its name, or that of a saved pipeline by its folder.
 
     Raises:
-        ConfigError: The name is none of `ARCHITECTURES`.
+        ConfigError: The name is none of `ARCHITECTURES`, and no folder of a saved pipeline.
+        UnsupportedPipelineError: The saved pipeline's denoiser is of no class that is known here.
     """
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"`model` must be one of {', '.join(ARCHITECTURES)}, got {name!r}. Pass one of these.")
-    return ARCHITECTURES[name]
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if (Path(name) / "model_index.json").is_file():
+        return _pipeline_on_disk(Path(name))
+    raise ConfigError(
+        f"`model` must be one of {', '.join(ARCHITECTURES)}, or the folder of a saved pipeline, with its "
+        f"model_index.json, got {name!r}. Pass one of these."
+    )
 
 
-def pipeline_on_disk(folder: Path) -> Architecture:
-    """The architecture of a saved pipeline, from its configs alone.
-
-    Raises:
-        ConfigError: The folder holds no saved pipeline.
-        UnsupportedPipelineError: Its denoiser is of no class that is known here.
-    """
+def _pipeline_on_disk(folder: Path) -> Architecture:
+    """From its configs alone."""
     index = folder / "model_index.json"
-    if not index.is_file():
-        raise ConfigError(
-            f"`pipeline` must be the folder of a saved pipeline, got {str(folder)!r} without a model_index.json. "
-            "Pass what `pipe.save_pretrained` wrote."
-        )
     parts = json.loads(index.read_text())
     name = "unet" if "unet" in parts else "transformer"
     denoiser = parts.get(name, ["", "nothing"])[1]
     if denoiser not in (_UNET, _PIXART_CLASS):
         raise UnsupportedPipelineError(
-            f"`pipeline` must have a {_UNET} or a {_PIXART_CLASS}, got {denoiser}. Other inputs are not known here."
+            f"`model` must have a {_UNET} or a {_PIXART_CLASS}, got {denoiser}. Other inputs are not known here."
         )
     config = json.loads((folder / name / "config.json").read_text())
     scale = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)

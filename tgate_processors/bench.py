@@ -13,12 +13,12 @@ import torch
 from tqdm import tqdm
 
 from tgate_processors.contestants import Contestant, Run, contestants
-from tgate_processors.errors import MissingPackageError
+from tgate_processors.interruption import keeping
 from tgate_processors.plotting import BLUE, PALE, RED, new_figure
 from tgate_processors.rig import Rig
 from tgate_processors.run_cost import run_cost
 from tgate_processors.schedule import format_table, require_whole
-from tgate_processors.ways import named
+from tgate_processors.ways import named, said_of
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,8 @@ class _Clock:
 def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[str] = ()) -> Report:
     """Time every contestant `rounds` times, turn about, after one run that is not timed; with a progress bar.
 
+    Ctrl-C ends it: the report is of the rounds that are done.
+
     Args:
         rig: What is run.
         rounds: How often.
@@ -167,14 +169,7 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
     known = contestants(rig, max(1, round(rig.known.steps / mac_speed_up)))
     chosen = named(known, only)
     all_laps = [_Laps(contestant) for contestant in chosen]
-    with tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False) as bar:
-        for turn in range(rounds + 1):
-            for laps in all_laps:
-                bar.set_postfix_str(laps.contestant.name)
-                _take_turn(laps, rig, compiles, timed=turn > 0)
-                bar.update()
-    rows = [_row(laps, all_laps, rig, mac_speed_up) for laps in all_laps]
-    settings = {
+    settings: dict[str, Any] = {
         "model": rig.name,
         "denoiser": f"{rig.known.denoiser} of {cost.parameters / 1e6:.0f} M parameters",
         "pixels": f"{rig.known.height} x {rig.known.width}",
@@ -183,8 +178,22 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
         "gate step": rig.gate_step,
         "dtype": str(rig.dtype).removeprefix("torch."),
         "compiled": compiles,
-        "rounds": rounds,
     }
+    done: list[int] = []
+    with (
+        tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False) as bar,
+        keeping(done, settings),
+    ):
+        for turn in range(rounds + 1):
+            for laps in all_laps:
+                bar.set_postfix_str(laps.contestant.name)
+                _take_turn(laps, rig, compiles, timed=turn > 0)
+                bar.update()
+            done += [turn] if turn else []
+    settings["rounds"] = len(done)
+    for laps in all_laps:  # of an interrupted round some have one lap more
+        del laps.steps[len(done) :], laps.whole[len(done) :]
+    rows = [_row(laps, all_laps, rig, mac_speed_up) for laps in all_laps]
     return Report(settings, machine(rig.device), mac_speed_up, cost.cache_bytes * rig.batch, tuple(rows))
 
 
@@ -201,10 +210,8 @@ def _take_turn(laps: _Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
         laps.run(clock.mark)
         clock.mark()
         seconds = clock.laps()
-    except MissingPackageError as error:
-        laps.error = str(error)
     except Exception as error:  # a peer may fail in any way, and the others go on
-        laps.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        laps.error = said_of(error)
     else:
         if timed:
             laps.steps.append(seconds[:-1])
@@ -284,7 +291,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def plot(report: Report, path: Path) -> None:
+def plot_speed_ups(report: Report, path: Path) -> None:
     """Speed-ups with their spread, beside that of the arithmetic, as a picture that stands alone.
 
     Raises:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.handle import apply_tgate
+from tgate_processors.interruption import keeping
 from tgate_processors.layers import cross_attention_layers
 from tgate_processors.pipelines import denoisers_of, takes_callback
 from tgate_processors.plotting import BLUE, GREY, RED, new_figure
@@ -101,6 +102,8 @@ def measure_convergence(
 ) -> Convergence:
     """Run the stock pipeline for each prompt and measure how its cross-attention changes, with a progress bar.
 
+    Ctrl-C ends it: the record is of the prompts that are done.
+
     Args:
         pipe: A pipeline, not gated.
         prompts: What to draw.
@@ -117,8 +120,10 @@ def measure_convergence(
     config = TGateConfig(gate_step="auto")
     config.schedule(num_inference_steps)  # says if these are too few
     kwargs: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "latent"} | call_kwargs
-    changes = []
-    with apply_tgate(pipe, config, callback_on_step_end=kwargs.pop("callback_on_step_end", None)) as tgate:
+    changes: list[list[list[float]]] = []
+    settings = described(pipe, call_kwargs) | {"num_inference_steps": num_inference_steps, "seed": seed}
+    callback = kwargs.pop("callback_on_step_end", None)
+    with apply_tgate(pipe, config, callback_on_step_end=callback) as tgate, keeping(changes, settings):
         tgate.gate.watches_all = True
         if takes_callback(pipe):
             kwargs["callback_on_step_end"] = tgate
@@ -131,8 +136,7 @@ def measure_convergence(
             "`pipe` must evaluate all of its cross-attention in every step to be measured, got steps without. "
             "Disable what skips layers, such as DeepCache."
         )
-    settings = {"num_inference_steps": num_inference_steps, "prompts": list(prompts), "seed": seed}
-    return Convergence(torch.tensor(changes), layers, described(pipe, call_kwargs) | settings)
+    return Convergence(torch.tensor(changes), layers, settings | {"prompts": list(prompts[: len(changes)])})
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def require_prompts(prompts: Sequence[str]) -> None:
         raise ConfigError(f"`prompts` must be a list of at least one prompt, got {prompts!r}. Pass a list.")
 
 
-def plot(convergence: Convergence, path: Path, *, tolerance: float = TGateConfig.tolerance) -> None:
+def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float = TGateConfig.tolerance) -> None:
     """The median with its band over layers, and a map of layers by steps, as a picture that stands alone.
 
     Raises:

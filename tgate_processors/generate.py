@@ -1,7 +1,6 @@
 """Pictures of many prompts, gated, into a folder: on one device, or shared out by `accelerate launch`."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,10 +13,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from tgate_processors.errors import ConfigError, MissingPackageError, UnsupportedPipelineError
+from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 from tgate_processors.handle import apply_tgate
 from tgate_processors.pipelines import takes_callback
+from tgate_processors.processes import Share
 from tgate_processors.schedule import TGateConfig
+from tgate_processors.sheet import sheet
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: "Share | None" = None) -> list[Path]:
+def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | None = None) -> list[Path]:
     """Make the pictures that `folder` does not hold yet, with a progress bar.
 
     A picture is there whole or not at all, so an interrupted run goes on where it was.
@@ -75,45 +76,20 @@ def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: "Share | No
     Raises:
         ConfigError: `folder` holds a picture of that name that was made with other settings.
     """
-    share = share or Share(0, 1)
+    share = share or Share()
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(jobs) - 1))
     paths = {folder / f"{index:0{digits}}-{_slug(job.prompt)}.png": job for index, job in enumerate(jobs)}
-    mine = dict(list(paths.items())[share.index :: share.count])
+    mine = dict(share.of(list(paths.items())))
     missing = {path: job for path, job in mine.items() if not _is_made(path, job)}
     bar = tqdm(missing.items(), desc="drawing", unit="picture", initial=len(mine) - len(missing), total=len(mine))
     bar.disable = share.index > 0
     for path, job in bar:
-        pictures = [_draw(pipe, job, gated=False)] if job.with_stock else []
-        _save(_beside(*pictures, _draw(pipe, job, gated=True)), path, job)
+        picture = _draw(pipe, job, gated=True)
+        if job.with_stock:
+            picture = _beside(_draw(pipe, job, gated=False), picture, job)
+        _save(picture, path, job)
     return list(mine)
-
-
-@dataclass(frozen=True)
-class Share:
-    """Every `count`-th job from `index` on."""
-
-    index: int
-    count: int
-
-
-def share_of_this_process() -> tuple[Share, torch.device]:
-    """Its share and its device, as `accelerate launch` says, or everything and the first device.
-
-    Raises:
-        MissingPackageError: There are several processes, and no `accelerate`.
-    """
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise MissingPackageError(
-                "`accelerate` must be installed to share prompts out to several processes. "
-                "Run `pip install 'tgate-processors[accelerate]'`."
-            ) from error
-        return Share(0, 1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    return Share(state.process_index, state.num_processes), state.device
 
 
 def _draw(pipe: Any, job: Job, *, gated: bool) -> Image.Image:
@@ -135,11 +111,15 @@ def _draw(pipe: Any, job: Job, *, gated: bool) -> Image.Image:
     return images[0]
 
 
-def _beside(*pictures: Image.Image) -> Image.Image:
-    sheet = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place * picture.width, 0))
-    return sheet
+def _beside(stock: Image.Image, gated: Image.Image, job: Job) -> Image.Image:
+    said = {"steps": job.steps, "guidance scale": job.guidance, "seed": job.seed}
+    settings = [f"{name} {value}" for name, value in said.items() if value is not None]
+    return sheet(
+        [[stock, gated]],
+        title=job.prompt,
+        settings=", ".join(settings),
+        columns=["the stock pipeline", f"gated: {job.config}"],
+    )
 
 
 def _save(picture: Image.Image, path: Path, job: Job) -> None:

@@ -56,7 +56,9 @@ def TgateSDDeepCacheLoader(
         pipe: A Stable Diffusion or SDXL pipeline.
         cache_interval: Every how many steps all layers are evaluated.
         cache_branch_id: The skip connection above which layers are evaluated in the other steps.
-        gate_step, num_inference_steps, lcm: As for `TgateSDLoader`.
+        gate_step: As for `TgateSDLoader`.
+        num_inference_steps: As for `TgateSDLoader`.
+        lcm: As for `TgateSDLoader`.
 
     Raises:
         MissingPackageError: The `DeepCache` package is not installed.

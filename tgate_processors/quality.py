@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from tgate_processors import likeness, ways
 from tgate_processors.convergence import described, require_prompts
-from tgate_processors.errors import MissingPackageError
 from tgate_processors.handle import handles_on
+from tgate_processors.interruption import keeping
 from tgate_processors.pipelines import denoisers_of
 from tgate_processors.presets import preset
 from tgate_processors.quality_report import Report, Row, estimate
@@ -105,9 +105,12 @@ def compare(
     draw_way: Callable[[Way], Drawn],
     score: Callable[[Tensor, Tensor], Scores],
     deciding: str,
+    settings: dict[str, Any],
     frechet: Callable[[Tensor], float] | None = None,
-) -> tuple[Row, ...]:
+) -> Report:
     """Draw every way and measure it beside the first, the stock pipeline; a way that fails says why.
+
+    Ctrl-C ends it: the report is of the ways that are done.
 
     Args:
         all_ways: The stock pipeline's first.
@@ -115,30 +118,31 @@ def compare(
         score: Gives the scores of pictures, told the stock pictures too, by name: `(count,)` each, a boolean or a
             number for every picture.
         deciding: The score whose differences to the stock pipeline's are estimated.
+        settings: How they are drawn, for the report.
         frechet: Distance of pictures to real ones; None: there are none.
     """
-    stock = draw_way(all_ways[0])
-    stock_scores = score(stock.pictures, stock.pictures)
-    rows = [_row(all_ways[0], stock, stock.macs, stock_scores, frechet)]
-    for way in all_ways[1:]:
-        try:
-            drawn = draw_way(way)
-        except MissingPackageError as error:
-            rows.append(Row(way.name, str(error)))
-            continue
-        except Exception as error:  # a peer may fail in any way, and the others go on
-            rows.append(Row(way.name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
-            continue
-        scores = score(drawn.pictures, stock.pictures)
-        rows.append(
-            replace(
-                _row(way, drawn, stock.macs, scores, frechet),
-                psnr=estimate(likeness.psnr(drawn.pictures, stock.pictures)),
-                ssim=estimate(likeness.ssim(drawn.pictures, stock.pictures)),
-                to_stock=estimate(scores[deciding].double() - stock_scores[deciding].double()),
+    rows: list[Row] = []
+    with keeping(rows, settings):
+        stock = draw_way(all_ways[0])
+        stock_scores = score(stock.pictures, stock.pictures)
+        rows.append(_row(all_ways[0], stock, stock.macs, stock_scores, frechet))
+        for way in all_ways[1:]:
+            try:
+                drawn = draw_way(way)
+            except Exception as error:  # a peer may fail in any way, and the others go on
+                rows.append(Row(way.name, ways.said_of(error)))
+                continue
+            scores = score(drawn.pictures, stock.pictures)
+            row = _row(way, drawn, stock.macs, scores, frechet)
+            rows.append(
+                replace(
+                    row,
+                    psnr=estimate(likeness.psnr(drawn.pictures, stock.pictures)),
+                    ssim=estimate(likeness.ssim(drawn.pictures, stock.pictures)),
+                    to_stock=estimate(scores[deciding].double() - stock_scores[deciding].double()),
+                )
             )
-        )
-    return tuple(rows)
+    return Report(settings, deciding, tuple(rows))
 
 
 def _row(way: Way, drawn: Drawn, stock_macs: float, scores: Scores, frechet: Callable[[Tensor], float] | None) -> Row:
@@ -196,10 +200,12 @@ def quality_of_pipeline(
 
     deciding = "likeness" if clip is None else "CLIP score"
     chosen = ways.named(ways_for(num_inference_steps, has_unet=hasattr(pipe, "unet")), only)
-    with tqdm(total=len(chosen) * len(prompts), desc="drawing", unit="picture") as bar:
-        rows = compare(chosen, lambda way: draw(pipe, way, len(prompts), arguments, bar=bar), score, deciding)
     settings = {"steps": num_inference_steps, "prompts": len(prompts), "seed": seed}
-    return Report(described(pipe, call_kwargs) | settings, deciding, rows)
+    settings = described(pipe, call_kwargs) | settings
+    with tqdm(total=len(chosen) * len(prompts), desc="drawing", unit="picture") as bar:
+        return compare(
+            chosen, lambda way: draw(pipe, way, len(prompts), arguments, bar=bar), score, deciding, settings
+        )
 
 
 def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:

@@ -174,7 +174,7 @@ class Report:
         return score.shown(1, 100) if name == self.deciding else f"{score.mean * 100:.1f}"
 
 
-def plot(report: Report, path: Path) -> None:
+def plot_quality(report: Report, path: Path) -> None:
     """The deciding score against arithmetic, the frontier drawn, as a picture that stands alone.
 
     Raises:

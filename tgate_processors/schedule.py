@@ -6,7 +6,7 @@ fidelity-improving phase from `gate_step` on.
 """
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from enum import Enum
 from itertools import groupby
 from typing import Literal
@@ -127,6 +127,11 @@ class TGateConfig:
         require_tolerance(self.tolerance)
         if not isinstance(self.offload_cache, bool):
             raise ConfigError(f"`offload_cache` must be True or False, got {self.offload_cache!r}. Pass one of these.")
+
+    def __str__(self) -> str:
+        """The settings that are not the defaults."""
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
     @property
     def reuses_self_attention(self) -> bool:

@@ -181,3 +181,10 @@ def package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingPackageError(f"`{name}` must be installed for this. Run `pip install {name}`.") from error
+
+
+def said_of(error: Exception) -> str:
+    """What a report says of a way that failed."""
+    if isinstance(error, MissingPackageError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

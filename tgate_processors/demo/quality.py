@@ -125,16 +125,10 @@ def quality_of_demo(
         }
         return {**by_attribute, "all right": reading.whole}
 
-    with tqdm(total=len(chosen) * count, desc="drawing", unit="picture") as bar:
-        rows = compare(
-            chosen,
-            lambda way: stock.draw(all_ways[way], bar),
-            score,
-            "all right",
-            FrechetDistance(real, Latents(pipe.vae)),
-        )
     settings = {"model": "demo", "prompts": count, "steps": steps, "guidance": guidance, "seed": seed}
-    return Report(settings, "all right", rows)
+    frechet = FrechetDistance(real, Latents(pipe.vae))
+    with tqdm(total=len(chosen) * count, desc="drawing", unit="picture") as bar:
+        return compare(chosen, lambda way: stock.draw(all_ways[way], bar), score, "all right", settings, frechet)
 
 
 class Latents(torch.nn.Module):
