@@ -67,7 +67,7 @@ def test_commands_are_understood():
             if module == "tgate_processors" and "COMMAND" not in words:
                 parser().parse_args(arguments)
         else:
-            assert words[0] in ("pytest", "mkdocs", ".ci/run", "tgate-processors"), command
+            assert words[0] in ("pytest", "mkdocs", ".ci/run", ".ci/versions", "tgate-processors"), command
 
 
 def test_presets_are_listed():
