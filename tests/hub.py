@@ -59,6 +59,7 @@ def called(stock_call):
 
 def connect(monkeypatch):
     """Put this in the place of the hub, of an accelerator and of inductor."""
+    torch._dynamo.reset()  # of the graphs of other tests
     for cls in {getattr(diffusers, name.split(" (")[0]) for name in ENTRIES}:
         monkeypatch.setattr(cls, "__call__", called(cls.__call__))
     for cls in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForImage2Image):

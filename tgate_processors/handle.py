@@ -139,29 +139,16 @@ class TGate:
         self.pipe = pipe
         self.config = config
         self.callback_on_step_end = callback_on_step_end
-        self._family = family = pipelines.family_of(pipe)
+        self._family = pipelines.family_of(pipe)
         self._moved_by_callback = pipelines.takes_callback(pipe)
         self._run: _Run | None = None
         self._foreign_timesteps: weakref.ref[torch.Tensor] | None = None
-        negative_first = family.guidance is not Guidance.HALVES_POSITIVE_FIRST
-        branch = config.branch or ("positive" if config.look_interval else family.branch)
-        first_half = (branch == "negative") == negative_first
         self._denoisers = [
-            GatedNetwork(
-                module,
-                config,
-                self,
-                first_half=first_half,
-                a_call_a_branch=family.guidance is Guidance.CALLS,
-                deepcache=deepcache,
-            )
+            self._network(module, a_call_a_branch=self._family.guidance is Guidance.CALLS, deepcache=deepcache)
             for module in pipelines.denoisers_of(pipe)
         ]
-        side_networks = pipelines.side_networks_of(pipe)
-        self._networks = [
-            *self._denoisers,
-            *(GatedNetwork(m, config, self, first_half=first_half, is_denoiser=False) for m in side_networks),
-        ]
+        side_networks = [self._network(module, is_denoiser=False) for module in pipelines.side_networks_of(pipe)]
+        self._networks = [*self._denoisers, *side_networks]
         for other in handles_on(self._denoisers[0].module):  # a run of one is no run of the other
             other._ignore_present_timesteps()
             self._ignore_present_timesteps()
@@ -171,6 +158,11 @@ class TGate:
         except BaseException:
             self.remove()
             raise
+
+    def _network(self, module: torch.nn.Module, **how: Any) -> GatedNetwork:
+        negative_first = self._family.guidance is not Guidance.HALVES_POSITIVE_FIRST
+        branch = self.config.branch or ("positive" if self.config.look_interval else self._family.branch)
+        return GatedNetwork(module, self.config, self, first_half=(branch == "negative") == negative_first, **how)
 
     @property
     def gate(self) -> Gate:

@@ -1,7 +1,7 @@
 """What was measured of each way to run a pipeline faster, as a report that prints and is pictured."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median_low
@@ -134,40 +134,39 @@ class Report:
         return asdict(self) | {"frontier": [row.name for row in self.frontier()], "gate_step": self.gate_step()}
 
     def __str__(self) -> str:
-        on_frontier = self.frontier()
         measured = self._measured()
         names = list(measured[0].scores)
-        has_frechet = any(row.frechet is not None for row in measured)
-        heading = ["", "arithmetic", *names, "to stock", "PSNR, dB", "SSIM", *["Fréchet"] * has_frechet, ""]
-        lines = [tuple(heading)]
-        for row in measured:
-            scores = [self._shown(row, name) for name in names]
-            lines.append(
-                (
-                    row.name,
-                    f"{row.speed_up:.2f}x less",
-                    *scores,
-                    "" if row.to_stock is None else row.to_stock.shown(1, 100),
-                    "" if row.psnr is None else row.psnr.shown(1),
-                    "" if row.ssim is None else f"{row.ssim.mean:.3f}",
-                    *(["" if row.frechet is None else f"{row.frechet:.2f}"] * has_frechet),
-                    "on the frontier" if row in on_frontier else "",
-                )
+        has_frechet = ["Fréchet"] if any(row.frechet is not None for row in measured) else []
+        heading = ("", "arithmetic", *names, "to stock", "PSNR, dB", "SSIM", *has_frechet, "")
+        on_frontier = self.frontier()
+        lines = [
+            (
+                row.name,
+                f"{row.speed_up:.2f}x less",
+                *(self._shown(row, name) for name in names),
+                "" if row.to_stock is None else row.to_stock.shown(1, 100),
+                "" if row.psnr is None else row.psnr.shown(1),
+                "" if row.ssim is None else f"{row.ssim.mean:.3f}",
+                *("" if row.frechet is None else f"{row.frechet:.2f}" for _ in has_frechet),
+                "on the frontier" if row in on_frontier else "",
             )
-        failures = [f"{row.name}: {row.error}" for row in self.rows if row.error is not None]
-        closings = [
-            f"{row.name}: the gate closed at step {median_low(row.gate_steps)}, the middle of "
-            f"{min(row.gate_steps)} to {max(row.gate_steps)}"
             for row in measured
-            if row.gate_steps
         ]
-        suggested = self.gate_step()
-        suggestion = (
-            f"gate step {suggested}: of the papers' gates, the largest fitted score less half of the arithmetic"
-        )
-        notes = [*([] if suggested is None else [suggestion]), *closings, *failures]
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return "\n".join([settings, "", format_table(lines), "", *notes]).rstrip()
+        return "\n".join([settings, "", format_table([heading, *lines]), "", *self._notes()]).rstrip()
+
+    def _notes(self) -> Iterator[str]:
+        suggested = self.gate_step()
+        if suggested is not None:
+            yield f"gate step {suggested}: of the papers' gates, the largest fitted score less half of the arithmetic"
+        for row in self.rows:
+            if row.gate_steps:
+                yield (
+                    f"{row.name}: the gate closed at step {median_low(row.gate_steps)}, the middle of "
+                    f"{min(row.gate_steps)} to {max(row.gate_steps)}"
+                )
+            if row.error is not None:
+                yield f"{row.name}: {row.error}"
 
     def _shown(self, row: Row, name: str) -> str:
         score = row.scores[name]
@@ -207,11 +206,12 @@ def plot_quality(report: Report, path: Path) -> None:
         )
     for row in report.rows:
         if row.error is None and _kind(row) in NAMED_IN_PLOTS:
-            axes.annotate(
-                row.name, (row.arithmetic, report.score(row)), (4, -11), textcoords="offset points", fontsize=7
-            )
-    least = min(report.score(row) for row in report.rows if row.error is None)
-    axes.set_ylim(bottom=max(least - 0.02, 0.75 * max(map(report.score, frontier))))
+            place = (row.arithmetic, row.scores[report.deciding].high)
+            axes.annotate(row.name, place, (0, 3), textcoords="offset points", fontsize=7, rotation=90, ha="center")
+    least, most = (of(report.score(row) for row in report.rows if row.error is None) for of in (min, max))
+    bottom = max(least - 0.02, 0.75 * most)
+    axes.set_ylim(bottom, most + 0.4 * (most - bottom))  # with room for the names
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1])
     axes.set_xlabel("arithmetic of the denoiser, as a part of the stock pipeline's")
     axes.set_ylabel(f"{report.deciding}, with 95% intervals")
     settings = ", ".join(f"{key} {value}" for key, value in report.settings.items())
