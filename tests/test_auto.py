@@ -297,8 +297,8 @@ def test_a_loop_that_never_calls_the_callback():
 
 
 def test_what_is_counted_without_a_run_needs_a_known_step():
-    from tgate_processors.architectures import architecture
-    from tgate_processors.run_cost import run_cost
+    from tgate_processors.measure.architectures import architecture
+    from tgate_processors.measure.run_cost import run_cost
 
     with pytest.raises(
         ConfigError, match='`gate_step` must be a count or a fraction where nothing is run, got "auto"'

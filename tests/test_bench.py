@@ -8,12 +8,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from tgate_processors import ConfigError, TGateConfig, contestants, ways
-from tgate_processors.architectures import Architecture, architecture, resized
-from tgate_processors.bench import _Laps, _paired, _phases, bench
+from tgate_processors import ConfigError, TGateConfig
 from tgate_processors.cli import main
-from tgate_processors.contestants import Contestant, by_way
-from tgate_processors.rig import Rig, reduced
+from tgate_processors.measure import contestants, ways
+from tgate_processors.measure.architectures import Architecture, architecture, resized
+from tgate_processors.measure.bench import _Laps, _paired, _phases, bench
+from tgate_processors.measure.contestants import Contestant, by_way
+from tgate_processors.measure.rig import Rig, reduced
 
 
 SMALL = {"block_out_channels": [32, 32], "attention_head_dim": 4, "cross_attention_dim": 16, "layers_per_block": 1}
@@ -106,7 +107,9 @@ def test_a_contestant_that_fails_is_reported(monkeypatch):
     def fails(rig, compiles):
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr("tgate_processors.bench.contestants", lambda rig, steps: [one, Contestant("broken", fails)])
+    monkeypatch.setattr(
+        "tgate_processors.measure.bench.contestants", lambda rig, steps: [one, Contestant("broken", fails)]
+    )
     one = Contestant("stock", by_way(ways.stock()))
     report = bench(rig("sd"), rounds=1)
     assert report.rows[1].error == "RuntimeError: no kernel for this"

@@ -9,7 +9,7 @@ import pytest
 
 import tgate_processors
 from tgate_processors.cli import main
-from tgate_processors.convergence import Convergence
+from tgate_processors.measure.convergence import Convergence
 
 
 COMMANDS = ["demo", "generate", "cost", "bench", "calibrate", "quality"]
@@ -81,7 +81,7 @@ def test_quality_reports_the_ways_that_are_done(monkeypatch, capsys, tmp_path):
 
 def test_bench_reports_the_rounds_that_are_done(monkeypatch, capsys):
     # of two contestants: a round that is not timed, two that are, and half of one
-    presses_ctrl_c(monkeypatch, "tgate_processors.bench._take_turn", after=7)
+    presses_ctrl_c(monkeypatch, "tgate_processors.measure.bench._take_turn", after=7)
     arguments = ["bench", "--steps", "2", "--gate-step", "1", "--rounds", "4", "--only", "dropping", "--json"]
     assert main(arguments) == 130
     report = json.loads(capsys.readouterr().out)
@@ -98,7 +98,7 @@ def test_calibrate_records_the_prompts_that_are_done(monkeypatch, capsys, tmp_pa
 
 
 def test_cost_prints_the_rows_that_are_done(monkeypatch, capsys):
-    presses_ctrl_c(monkeypatch, "tgate_processors.run_cost.table_row", after=1)
+    presses_ctrl_c(monkeypatch, "tgate_processors.measure.run_cost.table_row", after=1)
     assert main(["cost", "--table", "--json"]) == 130
     assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["SD-1.5"]
 
@@ -116,7 +116,7 @@ def test_generate_keeps_whole_pictures(monkeypatch, capsys, tmp_path):
         str(tmp_path),
     ]
     with monkeypatch.context() as pressed:
-        presses_ctrl_c(pressed, "tgate_processors.generate._draw", after=1)
+        presses_ctrl_c(pressed, "tgate_processors.cli.generate._draw", after=1)
         assert main(arguments) == 130
     (first,) = tmp_path.iterdir()
     made_at = first.stat().st_mtime_ns
@@ -126,7 +126,7 @@ def test_generate_keeps_whole_pictures(monkeypatch, capsys, tmp_path):
 
 
 def test_nothing_done_is_nothing_reported(monkeypatch, capsys):
-    presses_ctrl_c(monkeypatch, "tgate_processors.run_cost.table_row", after=0)
+    presses_ctrl_c(monkeypatch, "tgate_processors.measure.run_cost.table_row", after=0)
     assert main(["cost", "--table"]) == 130
     said = capsys.readouterr()
     assert said.out == ""

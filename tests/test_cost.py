@@ -7,10 +7,10 @@ import torch
 from tiny import tiny
 
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
-from tgate_processors.architectures import ARCHITECTURES, Architecture, architecture
 from tgate_processors.cli import main
 from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, on_meta
-from tgate_processors.run_cost import PUBLISHED, run_cost, table_row
+from tgate_processors.measure.architectures import ARCHITECTURES, Architecture, architecture
+from tgate_processors.measure.run_cost import PUBLISHED, run_cost, table_row
 from tgate_processors.schedule import StepMode
 
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from tgate_processors import TGateConfig
-from tgate_processors.architectures import architecture, resized
 from tgate_processors.cli import main
 from tgate_processors.demo import load_demo_pipeline, parse
 from tgate_processors.demo.compare import compare
 from tgate_processors.demo.model import WEIGHTS
-from tgate_processors.run_cost import run_cost
+from tgate_processors.measure.architectures import architecture, resized
+from tgate_processors.measure.run_cost import run_cost
 
 
 PROMPT = "a large red circle left of a small blue square on a yellow background"

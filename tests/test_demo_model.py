@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tgate_processors.demo.model import TOKENS, WEIGHTS, build_tokenizer, byte_pairs, load_demo_pipeline
 from tgate_processors.demo.world import WORDS, caption, sample_scenes
@@ -58,3 +59,8 @@ def test_the_model_loads_in_one_dtype_and_answers_two_prompts() -> None:
         output_type="np",
     ).images
     assert pictures.shape == (2, 64, 64, 3)
+
+
+def test_the_text_encoders_weights_have_names_that_every_transformers_5_knows() -> None:
+    weights = load_file(WEIGHTS / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in weights)

@@ -10,7 +10,7 @@ import hub
 import pytest
 from zoo import ENTRIES, seeded
 
-from tgate_processors.cli import EPILOG, parser
+from tgate_processors.cli.options import EPILOG, parser
 from tgate_processors.presets import PRESETS
 
 

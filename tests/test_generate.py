@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from tgate_processors import generate as generate_module
+from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
 
 

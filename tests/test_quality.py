@@ -12,16 +12,17 @@ from PIL import Image
 from tiny import fingerprint, left_behind, seeded, tiny
 from torch.nn import functional
 
-from tgate_processors import ConfigError, TGateConfig, apply_tgate, likeness, ways
+from tgate_processors import ConfigError, TGateConfig, apply_tgate
 from tgate_processors.cli import main
 from tgate_processors.demo import experiments
 from tgate_processors.demo.evaluate import generate, held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.quality import DemoWay, _Stock, demo_ways
 from tgate_processors.demo.world import caption
-from tgate_processors.quality import Drawn, compare, draw, quality_of_pipeline
-from tgate_processors.quality_report import Estimate, Report, Row, estimate, plot_quality
-from tgate_processors.ways import Way, named
+from tgate_processors.measure import likeness, ways
+from tgate_processors.measure.quality import Drawn, compare, draw, quality_of_pipeline
+from tgate_processors.measure.quality_report import Estimate, Report, Row, estimate, plot_quality
+from tgate_processors.measure.ways import Way, named
 
 
 STEPS = 6
@@ -316,8 +317,11 @@ def test_quality_of_ones_own_pipeline(tmp_path, capsys):
 
 def test_clip_scores_where_a_model_is_at_hand(tmp_path):
     """A tiny CLIP of random weights, from disk."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+    import transformers
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
+    # its name where torchvision is not at hand: early versions of transformers 5 know one alone
+    image_processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     tokenizer = load_demo_pipeline().tokenizer
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = small | {
@@ -330,7 +334,7 @@ def test_clip_scores_where_a_model_is_at_hand(tmp_path):
     config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16})
     model = CLIPModel(config)
     size = {"shortest_edge": 32}
-    processor = CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=32), tokenizer)
+    processor = CLIPProcessor(image_processor(size=size, crop_size=32), tokenizer)
     pictures = torch.rand(4, 3, 48, 48, generator=seeded(0))
     prompts = ["a red circle", "a large blue square", "a small cross", "a green triangle"]
     model.visual_projection.weight.data.copy_(-model.text_projection.weight.data)  # so that some are positive

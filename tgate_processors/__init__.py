@@ -1,6 +1,5 @@
 """T-GATE for diffusers pipelines, as attention processors."""
 
-from tgate_processors.convergence import Convergence, measure_convergence
 from tgate_processors.errors import ConfigError, MissingPackageError, StateError, TGateError, UnsupportedPipelineError
 from tgate_processors.gate import Gate
 from tgate_processors.handle import TGate, apply_tgate
@@ -14,6 +13,7 @@ from tgate_processors.loaders import (
     TgateSDXLLoader,
     TgateSVDLoader,
 )
+from tgate_processors.measure.convergence import Convergence, measure_convergence
 from tgate_processors.presets import preset
 from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors
 from tgate_processors.schedule import TGateConfig

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tgate_processors.demo.compare import Comparison
 from tgate_processors.demo.world import caption
-from tgate_processors.sheet import sheet
+from tgate_processors.measure.sheet import sheet
 
 
 ENLARGED = 3  # screen pixels a picture pixel

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tgate_processors import ways
 from tgate_processors.demo.checker import ATTRIBUTES, read
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.render import render
 from tgate_processors.demo.world import Scene, caption
-from tgate_processors.likeness import FrechetDistance
-from tgate_processors.quality import Drawn, compare, draw
-from tgate_processors.quality_report import Report
+from tgate_processors.measure import ways
+from tgate_processors.measure.likeness import FrechetDistance
+from tgate_processors.measure.quality import Drawn, compare, draw
+from tgate_processors.measure.quality_report import Report
+from tgate_processors.measure.ways import Changes, Way
 from tgate_processors.schedule import TGateConfig, require_whole
-from tgate_processors.ways import Changes, Way
 
 
 BATCH = 32

@@ -193,6 +193,10 @@ def save_weights(folder: Path, vae: AutoencoderKL, network: nn.Module) -> None:
     # transformers loads in the dtype named here, diffusers in float32: one pipeline must have one dtype.
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    # transformers 5.23 writes names that 5.0 does not know, and reads those that it does
+    weights = folder / "text_encoder" / "model.safetensors"
+    named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

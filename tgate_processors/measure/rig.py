@@ -10,9 +10,9 @@ from typing import Any
 import diffusers
 import torch
 
-from tgate_processors.architectures import Architecture
 from tgate_processors.cost import structural_copy
 from tgate_processors.errors import ConfigError
+from tgate_processors.measure.architectures import Architecture
 from tgate_processors.schedule import TGateConfig, require_whole
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgate_processors.plotting import BLUE, GREY, RED, new_figure
+from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
 from tgate_processors.schedule import format_table
 
 
@@ -210,7 +210,7 @@ def plot_quality(report: Report, path: Path) -> None:
             axes.annotate(row.name, place, (0, 3), textcoords="offset points", fontsize=7, rotation=90, ha="center")
     least, most = (of(report.score(row) for row in report.rows if row.error is None) for of in (min, max))
     bottom = max(least - 0.02, 0.75 * most)
-    axes.set_ylim(bottom, most + 0.4 * (most - bottom))  # with room for the names
+    axes.set_ylim(bottom, most + max(0.4 * (most - bottom), 0.02))  # with room for the names
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1])
     axes.set_xlabel("arithmetic of the denoiser, as a part of the stock pipeline's")
     axes.set_ylabel(f"{report.deciding}, with 95% intervals")

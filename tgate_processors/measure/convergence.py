@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.handle import apply_tgate
-from tgate_processors.interruption import keeping
 from tgate_processors.layers import cross_attention_layers
+from tgate_processors.measure.interruption import keeping
+from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
 from tgate_processors.pipelines import denoisers_of, takes_callback
-from tgate_processors.plotting import BLUE, GREY, RED, new_figure
 from tgate_processors.schedule import TGateConfig, require_tolerance
 from tgate_processors.watch import has_converged, watched_layers
 

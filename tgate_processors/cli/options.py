@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that nothing here needs
-    from tgate_processors import commands  # a help text must not wait for diffusers' pipelines
+    from tgate_processors.cli import commands  # a help text must not wait for diffusers' pipelines
 
     try:
         code: int = getattr(commands, f"run_{options.command}")(options)

@@ -1,4 +1,4 @@
-"""What each command does with its options; `cli.py` has the options."""
+"""What each command does with its options; `options.py` has them."""
 
 import argparse
 import json
@@ -9,11 +9,8 @@ import diffusers
 import torch
 from tqdm import tqdm
 
-from tgate_processors import architectures
-from tgate_processors import run_cost as counting
-from tgate_processors.architectures import Architecture
-from tgate_processors.bench import bench, plot_speed_ups
-from tgate_processors.convergence import measure_convergence, plot_convergence, suggestion
+from tgate_processors.cli.generate import Job, generate, read_prompts
+from tgate_processors.cli.processes import share_of_this_process
 from tgate_processors.demo.compare import compare
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
@@ -21,12 +18,15 @@ from tgate_processors.demo.picture import side_by_side
 from tgate_processors.demo.quality import quality_of_demo
 from tgate_processors.demo.world import caption, parse
 from tgate_processors.errors import ConfigError
-from tgate_processors.generate import Job, generate, read_prompts
-from tgate_processors.interruption import keeping
-from tgate_processors.processes import share_of_this_process
-from tgate_processors.quality import quality_of_pipeline
-from tgate_processors.quality_report import plot_quality
-from tgate_processors.rig import Rig, reduced
+from tgate_processors.measure import architectures
+from tgate_processors.measure import run_cost as counting
+from tgate_processors.measure.architectures import Architecture
+from tgate_processors.measure.bench import bench, plot_speed_ups
+from tgate_processors.measure.convergence import measure_convergence, plot_convergence, suggestion
+from tgate_processors.measure.interruption import keeping
+from tgate_processors.measure.quality import quality_of_pipeline
+from tgate_processors.measure.quality_report import plot_quality
+from tgate_processors.measure.rig import Rig, reduced
 from tgate_processors.schedule import TGateConfig, format_table, require_tolerance, require_whole
 
 

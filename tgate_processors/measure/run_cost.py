@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tgate_processors import deepcache
-from tgate_processors.architectures import Architecture, architecture
 from tgate_processors.cost import Evaluation, evaluation_costs, total
 from tgate_processors.layers import cross_attention_layers
+from tgate_processors.measure.architectures import Architecture, architecture
 from tgate_processors.schedule import Phase, StepMode, TGateConfig, format_table
 
 
@@ -59,7 +59,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
     """Count a run, gated by this library's own processors, on the meta device.
 
     Args:
-        known: From `architecture` or `pipeline_on_disk`.
+        known: From `architecture`.
         config: The gate's settings.
         cache_interval: Beside DeepCache with this interval and branch 0, gated and stock; None is without.
 

@@ -12,15 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tgate_processors import likeness, ways
-from tgate_processors.convergence import described, require_prompts
 from tgate_processors.handle import handles_on
-from tgate_processors.interruption import keeping
+from tgate_processors.measure import likeness, ways
+from tgate_processors.measure.convergence import described, require_prompts
+from tgate_processors.measure.interruption import keeping
+from tgate_processors.measure.quality_report import Report, Row, estimate
+from tgate_processors.measure.ways import Way
 from tgate_processors.pipelines import denoisers_of
 from tgate_processors.presets import preset
-from tgate_processors.quality_report import Report, Row, estimate
 from tgate_processors.schedule import TGateConfig
-from tgate_processors.ways import Way
 
 
 @dataclass(frozen=True)

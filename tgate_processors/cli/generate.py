@@ -13,12 +13,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from tgate_processors.cli.processes import Share
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 from tgate_processors.handle import apply_tgate
+from tgate_processors.measure.sheet import sheet
 from tgate_processors.pipelines import takes_callback
-from tgate_processors.processes import Share
 from tgate_processors.schedule import TGateConfig
-from tgate_processors.sheet import sheet
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What the gate costs and saves: counted, timed, and seen in the pictures."""
