@@ -46,7 +46,11 @@ def test_a_python_block_runs(page, block, monkeypatch, tmp_path, capsys):
 def commands():
     """Each line of the shell blocks, of commands in running text, and of the help."""
     blocks = [block for _, block in SHELL]
-    inline = [command for page in PAGES for command in re.findall(r"`(tgate-processors\s[^`]+)`", page.read_text())]
+    inline = [
+        command
+        for page in PAGES
+        for command in re.findall(r"`((?:tgate-processors|pip install)\s[^`]+)`", page.read_text())
+    ]
     examples = [line.split("  ")[1] for line in EPILOG.splitlines() if line.startswith("  tgate-processors")]
     lines = "\n".join([*blocks, *inline, *examples]).replace("\\\n", " ").splitlines()
     return sorted({part.strip() for line in lines for part in line.split("&&")} - {""})

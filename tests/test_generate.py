@@ -1,14 +1,19 @@
 """`generate`: a picture for each prompt, resumed, and the same from two processes as from one."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
+from tgate_processors.demo.model import WEIGHTS
 
 
 PROMPTS = [
@@ -116,3 +121,51 @@ def test_bad_arguments(arguments, message, capsys):
 
     assert main(["generate", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+# Other people's models
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The demo's pipeline as a folder of one's own."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_a_pipeline_of_ones_own(model, folder, tmp_path):
+    arguments = ["generate", PROMPTS[1], "--seed", "1", "--model", str(model), "--out", str(tmp_path), *SETTINGS]
+    assert main(arguments) == 0
+    (picture,) = pixels(tmp_path).values()
+    assert picture == pixels(folder)["1-a-small-green-triangle.png"]
+
+
+def test_pickled_weights_are_not_loaded(model, tmp_path, capsys):
+    unsafe = tmp_path / "unsafe"
+    shutil.copytree(model, unsafe)
+    weights = unsafe / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert main(["generate", PROMPTS[1], "--model", str(unsafe), "--out", str(tmp_path / "out"), *SETTINGS]) == 1
+    assert "safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    custom = tmp_path / "custom"
+    shutil.copytree(model, custom)
+    ran = tmp_path / "it ran"
+    index = json.loads((custom / "model_index.json").read_text())
+    (custom / "model_index.json").write_text(json.dumps(index | {"_class_name": ["pipeline", "Theirs"]}))
+    (custom / "pipeline.py").write_text(
+        f"from diffusers import StableDiffusionPipeline\nopen({str(ran)!r}, 'w').close()\n"
+        "class Theirs(StableDiffusionPipeline):\n    pass\n"
+    )
+    arguments = ["generate", PROMPTS[1], "--model", str(custom), "--out", str(tmp_path / "out"), *SETTINGS]
+    assert main(arguments) != 0
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert not ran.exists()
+    assert main([*arguments, "--trust-remote-code"]) == 0
+    assert ran.exists()
