@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
 from tgate_processors.demo.model import WEIGHTS
+from tgate_processors.measure.sheet import LEAST_COLUMN, MARGIN
 
 
 PROMPTS = [
@@ -86,7 +87,7 @@ def test_with_the_stock_picture_beside_it(folder, tmp_path):
     alone = Image.open(next(folder.glob("0-*")))
     pair = Image.open(path)
     assert pair.info["tgate-processors"]
-    left, right = (16, 16 + alone.width + 16)  # margins
+    left, right = MARGIN, 2 * MARGIN + LEAST_COLUMN
     tops = range(pair.height - alone.height)
     at = [top for top in tops if pair.crop((right, top, right + 64, top + 64)).tobytes() == alone.tobytes()]
     assert len(at) == 1

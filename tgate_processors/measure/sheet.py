@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 16  # pixels, all of these
 ROW_LABELS = 80
+LEAST_COLUMN = 150  # for the words below it
 LINE, TITLE_LINE = 18, 24
 INK, GREY = (20, 20, 24), (110, 110, 118)
 
@@ -30,6 +31,7 @@ def sheet(
         columns: A sentence below each column.
     """
     width, height = pictures[0][0].size
+    width = max(width, LEAST_COLUMN)
     body, headline = ImageFont.load_default(13), ImageFont.load_default(17)
     left = MARGIN + (ROW_LABELS if rows else 0)
     total = left + len(columns) * (width + MARGIN)
