@@ -138,7 +138,7 @@ class Latents(torch.nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = copy.deepcopy(vae).float()  # the pipeline may be of less precision
+        self.vae = copy.deepcopy(vae).float().cpu()  # where the pictures are; the pipeline may be of less precision
 
     def forward(self, pictures: Tensor) -> Tensor:
         """`(count, 3, height, width)` in 0..1 -> `(count, 64)`."""
