@@ -103,7 +103,7 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch() -> None:
 
 def test_seeds_must_be_as_many_as_prompts() -> None:
     with pytest.raises(ValueError, match="`seeds` must be as many as the prompts, got 1 for 2"):
-        generate(_Echo(), [CAPTION] * 2, [0])  # type: ignore[arg-type]
+        generate(_Echo(), [CAPTION] * 2, [0])  # type: ignore[arg-type]  # it is not called
 
 
 def test_captions_are_held_to_the_tokens_of_the_pipeline() -> None:
