@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
+from tgate_processors.cli.processes import Share, share_of_this_process
 from tgate_processors.demo.model import WEIGHTS
 from tgate_processors.measure.sheet import LEAST_COLUMN, MARGIN
 
@@ -106,6 +107,14 @@ def test_two_processes_make_the_pictures_of_one(folder, prompts, tmp_path):
     assert "process 1 of 2: 2 pictures" in done.stdout
     assert "process 2 of 2: 1 pictures" in done.stdout
     assert pixels(tmp_path) == pixels(folder)
+
+
+def test_without_accelerate_there_is_one_process(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert share_of_this_process()[0] == Share(index=0, count=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ImportError, match=r"`accelerate` must be installed .* tgate-processors\[accelerate\]"):
+        share_of_this_process()
 
 
 @pytest.mark.parametrize(
