@@ -113,6 +113,22 @@ def test_arithmetic_is_counted_run_by_run(pipe):
     assert draw(pipe, ways.deep_cache(3), 2, arguments).macs < stock.macs
 
 
+def test_runs_that_close_at_different_steps_are_counted_apart(pipe):
+    steps = 10
+    prompts = [caption(scene) for scene in held_out_scenes(6, 0)]
+
+    def arguments(chunk):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(chunk.start, chunk.stop)]
+        return {"prompt": prompts[chunk], "generator": generators, "num_inference_steps": steps}
+
+    drawn = draw(pipe, ways.gated(TGateConfig(gate_step="auto"), "auto"), 6, arguments)
+    assert len(set(drawn.gate_steps)) > 1
+    by_step = {
+        step: draw(pipe, ways.gated(TGateConfig(gate_step=step), ""), 1, arguments).macs for step in drawn.gate_steps
+    }
+    assert drawn.macs == pytest.approx(sum(by_step[step] for step in drawn.gate_steps) / 6, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
