@@ -12,7 +12,7 @@ import zoo_transformers  # noqa: F401  # registers its pipelines
 import zoo_unets
 from adapters import load_ip_adapters, lora, with_images
 from PIL import Image
-from zoo import ENTRIES, seeded
+from zoo import ENTRIES, class_of, seeded
 
 
 REPLACED = ("ip_adapter_image", "image", "generator")  # by what the tiny pipeline is given
@@ -60,7 +60,7 @@ def called(stock_call):
 def connect(monkeypatch):
     """Put this in the place of the hub, of an accelerator and of inductor."""
     torch._dynamo.reset()  # of the graphs of other tests
-    for cls in {getattr(diffusers, name.split(" (")[0]) for name in ENTRIES}:
+    for cls in {getattr(diffusers, class_of(name)) for name in ENTRIES}:
         monkeypatch.setattr(cls, "__call__", called(cls.__call__))
     for cls in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForImage2Image):
         monkeypatch.setattr(cls, "from_pretrained", classmethod(from_hub))

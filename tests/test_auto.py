@@ -189,7 +189,7 @@ def test_a_batch_waits_for_its_slowest_prompt():
 
 
 def test_a_controlnet_follows_the_denoiser():
-    import zoo_unets  # noqa: F401
+    import zoo_unets  # noqa: F401  # registers its pipelines
     from zoo import ENTRIES
     from zoo import seeded as build
 
@@ -205,7 +205,7 @@ def test_a_controlnet_follows_the_denoiser():
 
 
 def test_of_two_denoisers_the_second_may_decide():
-    import zoo_transformers  # noqa: F401
+    import zoo_transformers  # noqa: F401  # registers its pipelines
     from zoo import ENTRIES
     from zoo import seeded as build
 

@@ -3,6 +3,7 @@
 import json
 import pkgutil
 import re
+import sys
 from importlib import metadata
 
 import pytest
@@ -48,7 +49,7 @@ def test_what_cannot_be_read_is_told_from_a_bad_argument(capsys):
 
 
 def test_what_is_missing_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.functional", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
     assert main(["quality", "--count", "2", "--steps", "5"]) == 1
     assert "pip install 'tgate-processors[quality]'" in capsys.readouterr().err
 

@@ -111,7 +111,7 @@ def test_two_processes_make_the_pictures_of_one(folder, prompts, tmp_path):
 
 def test_without_accelerate_there_is_one_process(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert share_of_this_process()[0] == Share(index=0, count=1)
+    assert share_of_this_process() == Share(index=0, count=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ImportError, match=r"`accelerate` must be installed .*'tgate-processors\[accelerate\]"):
         share_of_this_process()

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from tgate_processors.cli.generate import Job, generate, read_prompts
-from tgate_processors.cli.processes import share_of_this_process
+from tgate_processors.cli.processes import device_of_this_process, share_of_this_process
 from tgate_processors.demo.compare import compare
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
@@ -71,7 +71,7 @@ def run_generate(options: Options) -> int:
         Job(prompt, options.seed + index, options.steps, options.guidance_scale, config, options.with_stock)
         for index, prompt in enumerate(prompts)
     ]
-    share, _ = share_of_this_process()
+    share = share_of_this_process()
     made = generate(_pipeline_of(options), jobs, options.out, share=share)
     print(f"process {share.index + 1} of {share.count}: {len(made)} pictures in {options.out}")
     return DONE
@@ -211,7 +211,7 @@ def _guidance_of(options: Options) -> dict[str, float]:
 
 
 def _device_of(options: Options) -> torch.device:
-    return share_of_this_process()[1] if options.device is None else torch.device(options.device)
+    return device_of_this_process() if options.device is None else torch.device(options.device)
 
 
 def _pipeline_of(options: Options) -> Any:

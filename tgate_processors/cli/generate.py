@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from tqdm import tqdm
 
 from tgate_processors.cli.processes import Share
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
-from tgate_processors.handle import apply_tgate
+from tgate_processors.measure import ways
 from tgate_processors.measure.sheet import sheet
-from tgate_processors.pipelines import takes_callback
 from tgate_processors.schedule import TGateConfig
 
 
@@ -98,10 +96,9 @@ def _draw(pipe: Any, job: Job, *, gated: bool) -> Image.Image:
         kwargs["num_inference_steps"] = job.steps
     if job.guidance is not None:
         kwargs["guidance_scale"] = job.guidance
-    with apply_tgate(pipe, job.config) if gated else nullcontext() as tgate:
-        if gated and takes_callback(pipe):
-            kwargs["callback_on_step_end"] = tgate
-        output = pipe(job.prompt, **kwargs)
+    way = ways.gated(job.config, "gated") if gated else ways.stock()
+    with way.on(pipe) as changes:
+        output = pipe(job.prompt, **kwargs | changes)
     images = getattr(output, "images", None)
     if not images or not isinstance(images[0], Image.Image):
         raise UnsupportedPipelineError(

@@ -218,13 +218,18 @@ def _add_architecture(command: argparse._ActionsContainer) -> None:
 
 def _add_seed_and_steps(command: argparse.ArgumentParser, steps: int | None = None) -> None:
     command.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
-    command.add_argument("--steps", type=int, default=steps, help="denoising steps; the pipeline's own where none")
+    _add_steps(command, steps)
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
+    _add_steps(command)
     command.add_argument("--height", type=int, help="pixels; the model's own where none is given")
     command.add_argument("--width", type=int, help="pixels; the model's own where none is given")
+
+
+def _add_steps(command: argparse.ArgumentParser, default: int | None = None) -> None:
+    own = "; the model's own where none is given" if default is None else ""
+    command.add_argument("--steps", type=int, default=default, help=f"denoising steps{own}")
 
 
 def _add_gate(command: argparse.ArgumentParser) -> None:

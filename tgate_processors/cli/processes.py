@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,12 +25,31 @@ class Share:
         return work[self.index :: self.count]
 
 
-def share_of_this_process() -> tuple[Share, torch.device]:
-    """Its share and its device, as `accelerate launch` says, or everything and the first accelerator.
+def share_of_this_process() -> Share:
+    """Its share, as `accelerate launch` says, or everything.
 
     Raises:
         MissingPackageError: There are several processes, and no `accelerate`.
     """
+    state = _state()
+    return Share() if state is None else Share(state.process_index, state.num_processes)
+
+
+def device_of_this_process() -> torch.device:
+    """Its device, as `accelerate launch` says, or the first accelerator.
+
+    Raises:
+        MissingPackageError: There are several processes, and no `accelerate`.
+    """
+    state = _state()
+    if state is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device: torch.device = state.device
+    return device
+
+
+def _state() -> Any:
+    """accelerate's; None where it is not installed."""
     try:
         from accelerate import PartialState
     except ImportError as error:
@@ -39,6 +58,5 @@ def share_of_this_process() -> tuple[Share, torch.device]:
                 "`accelerate` must be installed to share prompts out to several processes. "
                 "Run `pip install 'tgate-processors[accelerate]'`."
             ) from error
-        return Share(), torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    return Share(state.process_index, state.num_processes), state.device
+        return None
+    return PartialState(cpu=not torch.accelerator.is_available())

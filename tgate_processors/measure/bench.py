@@ -189,7 +189,8 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
                 bar.set_postfix_str(laps.contestant.name)
                 _take_turn(laps, rig, compiles, timed=turn > 0)
                 bar.update()
-            done += [turn] if turn else []
+            if turn > 0:
+                done.append(turn)
     settings["rounds"] = len(done)
     for laps in all_laps:  # of an interrupted round some have one lap more
         del laps.steps[len(done) :], laps.whole[len(done) :]

@@ -96,7 +96,7 @@ class Report:
     def frontier(self) -> list[Row]:
         """The rows that no other beats in the deciding score with as little arithmetic, the cheapest first."""
         best, chosen = -math.inf, []
-        for row in sorted(self._measured(), key=lambda row: (row.arithmetic, -self.score(row))):
+        for row in sorted(self.measured(), key=lambda row: (row.arithmetic, -self.score(row))):
             if self.score(row) > best:
                 best = self.score(row)
                 chosen.append(row)
@@ -109,7 +109,7 @@ class Report:
         exponentially with its step, fitted to all gates by least squares: single shares are noisy. None: fewer than
         three were drawn.
         """
-        gates = {row.gate_step: row for row in self._measured() if row.gate_step is not None}
+        gates = {row.gate_step: row for row in self.measured() if row.gate_step is not None}
         if len(gates) < 3:
             return None
         losses = {step: self.score(self.rows[0]) - self.score(row) for step, row in gates.items()}
@@ -127,14 +127,15 @@ class Report:
         """The deciding score of a row."""
         return row.scores[self.deciding].mean
 
-    def _measured(self) -> list[Row]:
+    def measured(self) -> list[Row]:
+        """The rows of ways that did not fail."""
         return [row for row in self.rows if row.error is None]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"frontier": [row.name for row in self.frontier()], "gate_step": self.gate_step()}
 
     def __str__(self) -> str:
-        measured = self._measured()
+        measured = self.measured()
         names = list(measured[0].scores)
         has_frechet = ["Fréchet"] if any(row.frechet is not None for row in measured) else []
         heading = ("", "arithmetic", *names, "to stock", "PSNR, dB", "SSIM", *has_frechet, "")
@@ -190,7 +191,7 @@ def plot_quality(report: Report, path: Path) -> None:
         label="frontier",
     )
     for prefix, (colour, marker, label) in KINDS.items():
-        rows = [row for row in report.rows if row.error is None and _kind(row) == prefix]
+        rows = [row for row in report.measured() if _kind(row) == prefix]
         if not rows:
             continue
         estimates = [row.scores[report.deciding] for row in rows]
@@ -204,12 +205,13 @@ def plot_quality(report: Report, path: Path) -> None:
             elinewidth=0.6,
             label=label,
         )
-    for row in report.rows:
-        if row.error is None and _kind(row) in NAMED_IN_PLOTS:
+    for row in report.measured():
+        if _kind(row) in NAMED_IN_PLOTS:
             place = (row.arithmetic, row.scores[report.deciding].high)
             axes.annotate(row.name, place, (0, 3), textcoords="offset points", fontsize=7, rotation=90, ha="center")
-    least, most = (of(report.score(row) for row in report.rows if row.error is None) for of in (min, max))
-    bottom = max(least - 0.02, 0.75 * most)
+    scores = [report.score(row) for row in report.measured()]
+    most = max(scores)
+    bottom = max(min(scores) - 0.02, 0.75 * most)
     axes.set_ylim(bottom, most + max(0.4 * (most - bottom), 0.02))  # with room for the names
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1])
     axes.set_xlabel("arithmetic of the denoiser, as a part of the stock pipeline's")
