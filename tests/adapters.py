@@ -3,7 +3,7 @@
 import torch
 from zoo import of_pictures
 
-from tgate_processors.layers import cross_attention_layers
+from tgate_processors._layers import cross_attention_layers
 
 
 IMAGE_WIDTH, IMAGE_TOKENS = 6, 4

@@ -10,8 +10,8 @@ from refused import REFUSED_DENOISERS, build_denoiser
 from zoo import ENTRIES, class_of, seeded
 
 from tgate_processors import UnsupportedPipelineError
-from tgate_processors.layers import check_can_be_gated
-from tgate_processors.pipelines import FAMILIES, REFUSED, Guidance, denoisers_of, side_networks_of, takes_callback
+from tgate_processors._layers import check_can_be_gated
+from tgate_processors._pipelines import FAMILIES, REFUSED, Guidance, denoisers_of, side_networks_of, takes_callback
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "pipelines.md"

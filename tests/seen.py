@@ -3,8 +3,8 @@
 from collections import Counter
 from functools import partial
 
-from tgate_processors.guidance import sample_of
-from tgate_processors.layers import attention_layers, cross_attention_layers
+from tgate_processors._folding import sample_of
+from tgate_processors._layers import attention_layers, cross_attention_layers
 
 
 class Seen:

@@ -7,7 +7,7 @@ from tiny import fingerprint, left_behind, tiny
 from torch._dynamo.utils import counters
 
 from tgate_processors import ConfigError, Gate, StateError, TGateConfig, apply_tgate, gated_processors
-from tgate_processors.watch import Watch, has_converged, watched_layers
+from tgate_processors._watch import Watch, has_converged, watched_layers
 
 
 AUTO = TGateConfig(gate_step="auto", tolerance=0.999)  # the tiny models' attention is random, and changes much

@@ -9,9 +9,9 @@ from tiny import fingerprint, left_behind, seeded, tiny
 from torch.nn import functional
 
 from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
+from tgate_processors._layers import cross_attention_layers
 from tgate_processors.cli import main
 from tgate_processors.demo.model import load_demo_pipeline
-from tgate_processors.layers import cross_attention_layers
 from tgate_processors.measure.convergence import Convergence, measure_convergence, plot_convergence
 
 

@@ -7,11 +7,12 @@ import torch
 from tiny import tiny
 
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
+from tgate_processors._cost import Cost, NetworkCost, meta_copy
+from tgate_processors._modes import StepMode
+from tgate_processors._record import Evaluation, on_meta
 from tgate_processors.cli import main
-from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, on_meta
 from tgate_processors.measure.architectures import ARCHITECTURES, Architecture, architecture
 from tgate_processors.measure.run_cost import PUBLISHED, run_cost, table_row
-from tgate_processors.schedule import StepMode
 
 
 def test_a_transformer_block_by_hand():
@@ -31,8 +32,8 @@ def test_a_transformer_block_by_hand():
     )
     kinds = [StepMode.PLANNING, StepMode.CLOSING_UNGUIDED, StepMode.FIDELITY]
     evaluations = [Evaluation(kind, 2) for kind in kinds]
-    costs, _ = evaluation_costs(model, TGateConfig(gate_step=1), inputs, evaluations)
-    planning, closing, fidelity = (costs[evaluation] for evaluation in evaluations)
+    network = NetworkCost(model, [inputs])
+    planning, closing, fidelity = (network.of([evaluation]) for evaluation in evaluations)
     layers, batch, pixels, tokens = len(model.transformer_blocks), 2, 16, 7
     width = model.inner_dim
     projections = batch * (2 * pixels + 2 * tokens) * width * width  # queries and outputs, keys and values

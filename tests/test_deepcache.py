@@ -13,8 +13,8 @@ from tgate_processors import (
     TGateConfig,
     TgateSDDeepCacheLoader,
     apply_tgate,
-    deepcache,
 )
+from tgate_processors import _deepcache as deepcache
 
 
 STEPS = 8

@@ -9,8 +9,9 @@ from zoo import ENTRIES
 from zoo import seeded as seeded_pipeline
 
 from tgate_processors import ConfigError, TGateConfig, apply_tgate
-from tgate_processors.guidance import FADING, difference_of_halves, with_difference
-from tgate_processors.schedule import Phase
+from tgate_processors._folding import difference_of_halves, with_difference
+from tgate_processors._guidance import FADING
+from tgate_processors._modes import Phase
 
 
 LOOKS = TGateConfig(gate_step=2, look_interval=3)

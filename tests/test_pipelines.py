@@ -15,9 +15,9 @@ from tiny import fingerprint, left_behind
 from zoo import ENTRIES, STEPS, class_of, seeded
 
 from tgate_processors import TGateConfig, UnsupportedPipelineError, apply_tgate
-from tgate_processors.installation import is_gated
-from tgate_processors.layers import attention_layers, cross_attention_layers
-from tgate_processors.pipelines import FAMILIES, REFUSED, Guidance, denoisers_of, side_networks_of, takes_callback
+from tgate_processors._installation import is_gated
+from tgate_processors._layers import attention_layers, cross_attention_layers
+from tgate_processors._pipelines import FAMILIES, REFUSED, Guidance, denoisers_of, side_networks_of, takes_callback
 
 
 GATE = 2

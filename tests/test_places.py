@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from zoo import ENTRIES, STEPS
 
 from tgate_processors import StateError, TGateConfig, apply_tgate
-from tgate_processors.layers import cross_attention_layers
+from tgate_processors._layers import cross_attention_layers
 
 
 # Offload. Here weights go from the host to the host, by the same hooks.

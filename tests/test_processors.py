@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from tiny import tiny
 
 from tgate_processors import Gate, StateError, TGateAttnProcessor2_0, TGateConfig, apply_tgate, gated_processors
+from tgate_processors._modes import StepMode
 from tgate_processors.processors import GatedProcessor, gated, gated_class, ungated
-from tgate_processors.schedule import StepMode
 
 
 ALL_CLASSES = [

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import pytest
 from recorded import NAMES, config_of, load_case
 
-from tgate_processors import apply_tgate, deepcache
+from tgate_processors import _deepcache as deepcache
+from tgate_processors import apply_tgate
 
 
 # Allows for another build of torch; here all but guidance rescaling match to the last bit.

@@ -17,9 +17,9 @@ from tgate_processors import (
     TGateError,
     UnsupportedPipelineError,
     apply_tgate,
-    network,
 )
-from tgate_processors.layers import attention_layers
+from tgate_processors import _network as network
+from tgate_processors._layers import attention_layers
 
 
 CONFIG = TGateConfig(gate_step=2, sp_interval=2)

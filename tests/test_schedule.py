@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 import tgate_processors.schedule
 from tgate_processors import ConfigError, TGateConfig
-from tgate_processors.schedule import AttentionMode, Phase, Schedule, StepClock, StepMode
+from tgate_processors._clock import StepClock
+from tgate_processors._modes import AttentionMode, Phase, StepMode
+from tgate_processors.schedule import Schedule
 
 
 COMPUTES = set(AttentionMode) - {AttentionMode.REUSE}

@@ -19,8 +19,8 @@ from tiny import fingerprint, left_behind
 from zoo import ENTRIES, STEPS, of_pictures, seeded
 
 from tgate_processors import StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
+from tgate_processors._layers import cross_attention_layers
 from tgate_processors.demo import load_demo_pipeline
-from tgate_processors.layers import cross_attention_layers
 from tgate_processors.processors import GatedProcessor
 
 

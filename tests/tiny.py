@@ -9,7 +9,7 @@ import diffusers
 import torch
 from recorded import load_case
 
-from tgate_processors.layers import attention_layers, cross_attention_layers
+from tgate_processors._layers import attention_layers, cross_attention_layers
 
 
 # family: the recorded case that it is built from

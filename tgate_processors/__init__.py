@@ -15,7 +15,7 @@ from tgate_processors.loaders import (
 )
 from tgate_processors.measure.convergence import Convergence, measure_convergence
 from tgate_processors.presets import preset
-from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors
+from tgate_processors.processors import TGateAttnProcessor2_0, gated_processors, ungated_processors
 from tgate_processors.schedule import TGateConfig
 
 
@@ -43,4 +43,5 @@ __all__ = [
     "gated_processors",
     "measure_convergence",
     "preset",
+    "ungated_processors",
 ]

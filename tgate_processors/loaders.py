@@ -4,9 +4,11 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
-from tgate_processors import deepcache, pipelines
+from tgate_processors import _deepcache as deepcache
+from tgate_processors import _pipelines as pipelines
 from tgate_processors.errors import ConfigError
 from tgate_processors.handle import apply_tgate
 from tgate_processors.schedule import GateStep, TGateConfig
@@ -79,11 +81,11 @@ def _load(pipe: Any, helper: Any, gate_step: GateStep, num_inference_steps: int 
         defaults["num_inference_steps"] = num_inference_steps
     apply_tgate(pipe, TGateConfig(gate_step=gate_step)).remove()  # what cannot be gated says so now
 
-    def tgate(*args: Any, **kwargs: Any) -> Any:
+    def tgate(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         return _call(pipe, helper, *args, **defaults | kwargs)
 
     tgate.__doc__ = f"`{type(pipe).__name__}.__call__` with the gate on for this call; see `TgateSDLoader`."
-    pipe.tgate = tgate
+    pipe.tgate = MethodType(tgate, pipe)  # so that a copy's draws with the copy
     return pipe
 
 

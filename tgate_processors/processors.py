@@ -1,92 +1,111 @@
 """Gated attention processors: a processor's own class, plus a gate that decides whether it has to compute."""
 
-import functools
-from typing import Any
+import inspect
+import weakref
+from typing import Any, Self
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from tgate_processors._gated_layers import GatedLayers, LayerState
+from tgate_processors._layers import attention_layers, check_can_be_gated, cross_attention_layers, is_joint
+from tgate_processors._modes import AttentionMode
 from tgate_processors.errors import UnsupportedPipelineError
 from tgate_processors.gate import Gate
-from tgate_processors.layers import attention_layers, check_can_be_gated, cross_attention_layers, is_joint
-from tgate_processors.schedule import AttentionMode
 
 
 class GatedProcessor:
     """Mixin over an attention processor: computes with the class below it, stores the output, or reuses it.
 
     What is stored is the output before the layer's residual connection and rescaling, `(batch, tokens, channels)`;
-    a layer with either adds its own fresh residual on reuse. A layer that was passed over in the step that stores
-    (DeepCache evaluates few layers in most steps) computes and stores in the first step that would reuse. Without a
-    gate the processor only computes, so a gated class can be made as diffusers makes processors anew
-    (`type(processor)()`).
+    a layer with either adds its own fresh residual on reuse. A layer reuses an output only where it fits the input:
+    rows, tokens, channels, device, and which call of the layer in the evaluation it is. Otherwise it computes, and
+    stores anew. Without a gate it only computes.
+
+    It has the attributes of the processor that it stands in for, the same and not copies: what is set on either is set
+    on both. It is copied and pickled as that processor, and `__class__` is that processor's, for those who compare
+    classes (`set_default_attn_processor`) or call them (`load_ip_adapter`).
+
+    Attributes:
+        below: The processor that it stands in for; None where diffusers made this one anew, by its class.
+        layers: The gated layers of the network that it belongs to; None once it was taken off.
+        is_cross_attention: Whether its layer attends to the prompt.
+        state: What it does in the evaluation that is going on.
     """
 
-    gate: Gate | None = None
-    below: Any = None  # the processor that this one stands in for
-    is_cross_attention: bool = False
-    is_watched: bool = False  # whether the gate looks at its output to decide when to close
-    cached: torch.Tensor | None = None
-    owns_cached: bool = False
+    __slots__ = ("below", "is_cross_attention", "layers", "state")
+
+    below: Any
+    layers: GatedLayers | None
+    is_cross_attention: bool
+    state: LayerState
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        self._gate(None, None, False)
+        return self
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if GatedProcessor not in cls.__bases__:
             return  # a subclass of a gated class is gated already
-        below = super().__call__  # type: ignore[misc]  # the class below is callable
 
-        # `Attention.forward` passes on only the keywords that the signature names, so it must be the one below.
-        @functools.wraps(below)
-        def __call__(
-            self: GatedProcessor,
-            attn: Any,
-            hidden_states: torch.Tensor,
-            *args: Any,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            if self.reuses:
-                return self._reuse(attn, hidden_states)
-            mode = self.mode
-            output: torch.Tensor = below(self, attn, hidden_states, *args, **kwargs)
-            if mode is not AttentionMode.COMPUTE:
-                self._store(attn, hidden_states, output, mode)
+        def __call__(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            state = self.state
+            if state.mode is AttentionMode.COMPUTE:
+                return super(cls, self).__call__(attn, hidden_states, *args, **kwargs)  # type: ignore[misc]  # below
+            call = state.calls
+            state.calls = call + 1
+            if state.mode is AttentionMode.REUSE and call < len(state.stored):
+                stored = state.stored[call]
+                if stored.shape == hidden_states.shape and (state.offloads or stored.device == hidden_states.device):
+                    return _as_output(attn, hidden_states, stored)
+            output = super(cls, self).__call__(attn, hidden_states, *args, **kwargs)  # type: ignore[misc]  # below
+            _store(state, call, attn, hidden_states, output)
             return output
 
-        cls.__call__ = __call__  # type: ignore[method-assign]  # a signature for each class
+        setattr(cls, "__call__", __call__)  # noqa: B010  # one for each class, since each has a signature of its own
 
-    @property
-    def mode(self) -> AttentionMode:
-        """What the layer does in this step."""
-        return AttentionMode.COMPUTE if self.gate is None else self.gate.mode_of(self)
+    @property  # type: ignore[misc]  # of object
+    def __class__(self) -> Any:
+        return _class_below(type(self))
 
-    @property
-    def reuses(self) -> bool:
-        """Whether a call now returns what is stored."""
-        return self.mode is AttentionMode.REUSE and self.cached is not None
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return ungated(self).__reduce_ex__(protocol)
 
-    @property
-    def _is_offloaded(self) -> bool:
-        return self.gate is not None and self.gate.config.offload_cache
+    def retire(self) -> None:
+        """Belong to no gate any more: whoever kept it has a processor that only computes."""
+        object.__setattr__(self, "layers", None)
 
-    def _store(self, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor, mode: AttentionMode) -> None:
-        if _rescales(attn):
-            output = output * attn.rescale_output_factor
-        if _adds_residual(attn):
-            output = output - hidden_states
-        assert self.gate is not None
-        output = self.gate.kept(output, mode)
-        # what is watched is looked at after the step, where it is
-        self.cached = output.to("cpu") if self._is_offloaded and not self.is_watched else output
-        self.owns_cached = False
+    def _gate(self, below: Any, layers: GatedLayers | None, is_cross_attention: bool) -> None:
+        # Past `torch.nn.Module.__setattr__`, where the class below is a module.
+        object.__setattr__(self, "below", below)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "is_cross_attention", is_cross_attention)
+        object.__setattr__(self, "state", LayerState())
 
-    def _reuse(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = self.cached
-        assert output is not None
-        if self._is_offloaded:
-            output = output.to(hidden_states.device)
-        if _adds_residual(attn):
-            output = output + hidden_states
-        return output / attn.rescale_output_factor if _rescales(attn) else output
+
+def _store(state: LayerState, call: int, attn: Any, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
+    if _rescales(attn):
+        output = output * attn.rescale_output_factor
+    if _adds_residual(attn):
+        output = output - hidden_states
+    if state.mode in (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF):
+        if output.shape[0] % 2:
+            return  # no halves
+        first, second = output.chunk(2)
+        if state.mode is AttentionMode.STORE_MEAN:
+            output = first / 2 + second / 2  # each halved first: the sum may overflow in half precision
+        else:
+            output = first if state.keeps_first_half else second
+    state.new.append((call, output.to("cpu") if state.offloads else output))
+
+
+def _as_output(attn: Any, hidden_states: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    output = stored.to(hidden_states.device)
+    if _adds_residual(attn):
+        output = output + hidden_states
+    return output / attn.rescale_output_factor if _rescales(attn) else output
 
 
 def _adds_residual(attn: Any) -> bool:
@@ -101,67 +120,111 @@ class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):  # type: ignore[m
     """diffusers' default processor, gated."""
 
 
-@functools.cache
-def gated_class(base: Any) -> type[GatedProcessor]:
-    """The gated class over a processor class: the same one at every call."""
-    if base is AttnProcessor2_0:
-        return TGateAttnProcessor2_0
-    doc = f"`{base.__name__}`, gated."
-    return type(f"TGate{base.__name__}", (GatedProcessor, base), {"__module__": __name__, "__doc__": doc})
+# A gated class lives as long as a processor of it, and does not keep the class below alive.
+_GATED: weakref.WeakKeyDictionary[type, "weakref.ref[type]"] = weakref.WeakKeyDictionary()
+_GATED[AttnProcessor2_0] = weakref.ref(TGateAttnProcessor2_0)
 
 
-def gated(processor: Any, gate: Gate, *, is_cross_attention: bool) -> GatedProcessor:
-    """A gated copy of `processor` with the same attributes, for one layer."""
-    cls = gated_class(processor.__class__)
-    copy = cls.__new__(cls)
-    copy.__dict__.update(vars(processor))
-    vars(copy).update(gate=gate, below=processor, is_cross_attention=is_cross_attention)
-    return copy
+def gated_class(base: type) -> Any:
+    """The gated class over a processor class: the same one at every call, while it is in use."""
+    known = _GATED.get(base)
+    cls = None if known is None else known()
+    if cls is None:
+        doc = f"`{base.__name__}`, gated."
+        cls = type(f"TGate{base.__name__}", (GatedProcessor, base), {"__module__": __name__, "__doc__": doc})
+        _GATED[base] = weakref.ref(cls)
+        carry_signature(cls)
+    return cls
+
+
+def carry_signature(cls: Any) -> None:
+    """Have a gated class show the signature of the class below, as it is now.
+
+    `Attention.forward` passes on only the keywords that the signature names, and asks for it in every call: a function
+    that carries it answers much faster than one that has to be inspected.
+    """
+    cls.__call__.__signature__ = inspect.signature(_class_below(cls).__call__)
+
+
+def _class_below(cls: type) -> Any:
+    mro = cls.__mro__
+    return mro[mro.index(GatedProcessor) + 1]
+
+
+carry_signature(TGateAttnProcessor2_0)
+
+
+def gated(processor: Any, layers: GatedLayers, *, is_cross_attention: bool) -> GatedProcessor:
+    """A gated stand-in for `processor` in one layer, with its attributes."""
+    cls = gated_class(type(processor))
+    stand_in: GatedProcessor = cls.__new__(cls)
+    object.__setattr__(stand_in, "__dict__", processor.__dict__)
+    stand_in._gate(processor, layers, is_cross_attention)
+    return stand_in
 
 
 def ungated(processor: Any) -> Any:
-    """The processor that a gated one stands in for, with the attributes that were set since; others are themselves."""
+    """The processor that a gated one stands in for; any other one is itself."""
     if not isinstance(processor, GatedProcessor):
         return processor
     below = processor.below
     if below is None:  # diffusers made it anew, by its class
-        mro = type(processor).__mro__
-        base: Any = mro[mro.index(GatedProcessor) + 1]
+        base = _class_below(type(processor))
         below = base.__new__(base)
-    below.__dict__.update({k: v for k, v in vars(processor).items() if k not in GatedProcessor.__annotations__})
+        object.__setattr__(below, "__dict__", processor.__dict__)
     return below
 
 
-def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
-    """Processors for `denoiser.set_attn_processor(...)`: gated where `gate` has something to decide.
+def gate_layers(network: torch.nn.Module, layers: GatedLayers, *, self_attention: bool) -> dict[str, Any]:
+    """Processors for `set_processors`: gated ones, which `layers` holds from now on, and the others as they are.
 
-    Every cross-attention layer gets a gated copy of the processor that it has; self-attention layers too where
-    the configuration reuses self-attention. The other layers keep the very processors that they have, and so do
-    those that `gate` has already.
+    Args:
+        network: A model with attention processors.
+        layers: Of the network.
+        self_attention: Whether self-attention is gated too.
+
+    Raises:
+        UnsupportedPipelineError: The network has no cross-attention layer of its own, or a processor whose maps
+            are read in every step.
+    """
+    check_can_be_gated(network)
+    cross = cross_attention_layers(network)
+    processors: dict[str, Any] = {}
+    for name, layer in attention_layers(network).items():
+        processor: Any = layer.processor
+        if not (isinstance(processor, GatedProcessor) and processor.layers is layers):
+            processor = ungated(processor)
+            _check_is_not_read(processor)
+            if name in cross or (self_attention and not is_joint(layer)):
+                processor = gated(processor, layers, is_cross_attention=name in cross)
+        processors[name] = processor
+    held = {name: processor for name, processor in processors.items() if isinstance(processor, GatedProcessor)}
+    layers.hold(held)
+    for cls in {type(processor) for processor in held.values()}:
+        carry_signature(cls)  # a class below may have been patched since
+    return processors
+
+
+def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
+    """Processors for `denoiser.set_attn_processor(...)` in a loop of your own: gated where `gate` has to decide.
+
+    Every cross-attention layer gets a gated stand-in for the processor that it has; self-attention layers too where
+    the configuration reuses self-attention. The other layers keep the very processors that they have.
 
     Args:
         denoiser: A model with attention processors, such as `pipe.unet` or PixArt's `pipe.transformer`.
-        gate: Moves the processors from step to step; they become its layers.
+        gate: Decides what they do; `gate.start` begins a run.
 
     Raises:
         UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or a processor whose maps
             are read in every step.
     """
-    check_can_be_gated(denoiser)
-    layers = attention_layers(denoiser)
-    cross = cross_attention_layers(denoiser)
-    processors = {}
-    for name, layer in layers.items():
-        processor: Any = layer.processor
-        is_ours = isinstance(processor, GatedProcessor) and processor.gate is gate
-        if not is_ours:
-            processor = ungated(processor)
-            _check_is_not_read(processor)
-            if name in cross or (gate.config.reuses_self_attention and not is_joint(layer)):
-                processor = gated(processor, gate, is_cross_attention=name in cross)
-        processors[name] = processor
-    gate.layers = [processor for processor in processors.values() if isinstance(processor, GatedProcessor)]
-    return processors
+    return gate_layers(denoiser, gate.layers, self_attention=gate.config.reuses_self_attention)
+
+
+def ungated_processors(denoiser: torch.nn.Module) -> dict[str, Any]:
+    """Processors for `denoiser.set_attn_processor(...)` that undo `gated_processors`: the ones that it had before."""
+    return {name: ungated(layer.processor) for name, layer in attention_layers(denoiser).items()}
 
 
 # Processors that keep the attention maps of every step for their pipeline, and how to do without, in diffusers 0.42.

@@ -5,12 +5,13 @@ The method is T-GATE's (Zhang et al. 2024, arXiv 2404.02747v1, and Liu et al. 20
 fidelity-improving phase from `gate_step` on.
 """
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from enum import Enum
 from itertools import groupby
 from typing import Literal
 
+from tgate_processors._modes import AttentionMode, Phase, StepMode
+from tgate_processors._tables import format_table
+from tgate_processors._validation import require_tolerance, require_whole
 from tgate_processors.errors import ConfigError
 
 
@@ -18,60 +19,6 @@ Branch = Literal["negative", "positive"]
 GateStep = int | float | Literal["auto"]
 LEAST_CHANGES_FOR_AUTO = 2  # one small change is none
 LEAST_STEPS_FOR_AUTO = LEAST_CHANGES_FOR_AUTO + 3  # a change needs two steps; then one stores, and one gains
-
-
-class AttentionMode(Enum):
-    """What every attention layer of one kind does in a step."""
-
-    COMPUTE = "compute"
-    STORE = "compute, store"
-    STORE_MEAN = "compute, store the mean of the halves"
-    STORE_HALF = "compute, store the half that goes on"
-    REUSE = "reuse"
-
-    @property
-    def stores(self) -> bool:
-        """Whether the output is kept."""
-        return self not in (AttentionMode.COMPUTE, AttentionMode.REUSE)
-
-
-class Phase(Enum):
-    PLANNING = "semantics-planning"
-    FIDELITY = "fidelity-improving"
-
-
-class StepMode(Enum):
-    """The legal states of a step: its phase, the mode of cross-attention, the mode of self-attention.
-
-    `CLOSING` is the last step of the planning phase. With classifier-free guidance it stores the mean of the
-    two halves of the batch, since one branch goes on; without guidance (`_UNGUIDED`) it stores what it has. Where the
-    run looks at its text again, each look is such a step, and stores the half that goes on (`LOOKING`).
-    """
-
-    PLANNING = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.COMPUTE
-    PLANNING_STORE_SELF = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.STORE
-    PLANNING_REUSE_SELF = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.REUSE
-    CLOSING = Phase.PLANNING, AttentionMode.STORE_MEAN, AttentionMode.COMPUTE
-    CLOSING_STORE_SELF = Phase.PLANNING, AttentionMode.STORE_MEAN, AttentionMode.STORE_MEAN
-    CLOSING_UNGUIDED = Phase.PLANNING, AttentionMode.STORE, AttentionMode.COMPUTE
-    CLOSING_UNGUIDED_STORE_SELF = Phase.PLANNING, AttentionMode.STORE, AttentionMode.STORE
-    LOOKING = Phase.PLANNING, AttentionMode.STORE_HALF, AttentionMode.COMPUTE
-    LOOKING_STORE_SELF = Phase.PLANNING, AttentionMode.STORE_HALF, AttentionMode.STORE_HALF
-    FIDELITY = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.COMPUTE
-    FIDELITY_STORE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.STORE
-    FIDELITY_REUSE_SELF = Phase.FIDELITY, AttentionMode.REUSE, AttentionMode.REUSE
-
-    @property
-    def phase(self) -> Phase:
-        return self.value[0]
-
-    @property
-    def cross_attention(self) -> AttentionMode:
-        return self.value[1]
-
-    @property
-    def self_attention(self) -> AttentionMode:
-        return self.value[2]
 
 
 @dataclass(frozen=True)
@@ -151,15 +98,6 @@ class TGateConfig:
         return Schedule(self, num_inference_steps, guidance=guidance)
 
 
-def require_whole(name: str, value: object, *, least: int) -> None:
-    """Raise `ConfigError` unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(
-            f"`{name}` must be a whole number of at least {least}, got {value!r}. "
-            f"Pass an int, for example `{name}={max(least, 1)}`."
-        )
-
-
 def _require_gate_step(value: object) -> None:
     if value == "auto" or (isinstance(value, float) and 0 < value < 1):
         return
@@ -168,12 +106,6 @@ def _require_gate_step(value: object) -> None:
             f'`gate_step` must be a whole number of at least 1, a fraction between 0 and 1, or "auto", got {value!r}. '
             "Pass for example `gate_step=10`, or `gate_step=0.4` for two fifths of the steps."
         )
-
-
-def require_tolerance(value: object) -> None:
-    """Raise `ConfigError` unless `value` is a number between 0 and 1."""
-    if not isinstance(value, float) or not 0 < value < 1:
-        raise ConfigError(f"`tolerance` must be a number between 0 and 1, got {value!r}. Pass for example 0.09.")
 
 
 class Schedule:
@@ -256,38 +188,3 @@ def _gate_step(config: TGateConfig, num_inference_steps: int) -> int:
     if isinstance(config.gate_step, float):
         return max(1, round(config.gate_step * num_inference_steps))
     return config.gate_step
-
-
-def format_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of text as lines with aligned columns, the first row a heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-@dataclass(frozen=True)
-class StepClock:
-    """Which step an evaluation of the denoiser belongs to.
-
-    Steps are counted as `num_inference_steps` counts them. A scheduler of order 2 (Heun, KDPM2) evaluates the
-    denoiser twice in a step; PNDM evaluates it `num_warmup_evaluations` times before its first step is over,
-    and those do not count (`num_warmup_steps` in the pipelines of diffusers 0.42).
-
-    Args:
-        num_evaluations: Length of the denoising loop.
-        order: Evaluations in a step.
-        num_warmup_evaluations: Evaluations at the start that belong to step 0.
-    """
-
-    num_evaluations: int
-    order: int = 1
-    num_warmup_evaluations: int = 0
-
-    def step(self, evaluation: int) -> int:
-        """The step, 0-based, that evaluation `evaluation`, 0-based, belongs to."""
-        return max(0, evaluation - self.num_warmup_evaluations) // self.order
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps in the run."""
-        return self.step(self.num_evaluations - 1) + 1

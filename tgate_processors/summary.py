@@ -1,42 +1,49 @@
 """What a gated run did, as a record that prints."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
-from tgate_processors.cost import Cost, Evaluation, evaluation_costs, meta_copy, total
-from tgate_processors.guidance import sample_of
-from tgate_processors.network import GatedNetwork
-from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Phase, Schedule, StepMode, TGateConfig
+from tgate_processors._cost import Cost, NetworkCost, default_processor, meta_copy
+from tgate_processors._layers import attention_layers
+from tgate_processors._loop import Loop, PipelineRun
+from tgate_processors._modes import AttentionMode, Phase
+from tgate_processors._record import Evaluation
+from tgate_processors.run import Part
+from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """What a gated run did.
 
     Args:
-        schedule: The modes of its steps.
+        schedule: The modes of its steps; None where there was no run.
         evaluations: The calls of the denoiser that were computed, in order.
         side_evaluations: The calls of each ControlNet.
         cost: The arithmetic and the calls of attention layers of all of these.
-        stock_macs: Multiply-accumulates of the stock pipeline's calls.
+        stock_macs: Multiply-accumulates of the stock pipeline's calls; 0 where they could not be counted.
         cache_bytes: Bytes of attention output kept at the peak.
         changes: Where the run decided itself: of cross-attention in the steps from 1 on, by which it decided.
+        notes: What is to be known beside these: what could not be counted, and why.
     """
 
-    schedule: Schedule
-    evaluations: tuple[Evaluation, ...]
-    side_evaluations: tuple[tuple[Evaluation, ...], ...]
-    cost: Cost
-    stock_macs: int
-    cache_bytes: int
+    schedule: Schedule | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    side_evaluations: tuple[tuple[Evaluation, ...], ...] = ()
+    cost: Cost = field(default_factory=Cost)
+    stock_macs: int = 0
+    cache_bytes: int = 0
     changes: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def gate_closed_at(self) -> int | None:
         """The first step, 0-based, of the fidelity-improving phase; None where the gate never closed."""
-        phases = [mode.phase for mode in self.schedule.modes]
+        phases = [] if self.schedule is None else [mode.phase for mode in self.schedule.modes]
         return phases.index(Phase.FIDELITY) if Phase.FIDELITY in phases else None
 
     @property
@@ -46,11 +53,15 @@ class Summary:
 
     @property
     def macs_saved(self) -> float:
-        """The part of the stock pipeline's arithmetic that was not done, 0 to 1."""
-        return 1 - self.cost.macs / self.stock_macs
+        """The part of the stock pipeline's arithmetic that was not done, 0 to 1; NaN where it could not be counted."""
+        return 1 - self.cost.macs / self.stock_macs if self.stock_macs else math.nan
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
-        cost = self.cost
+        if self.schedule is None:
+            return "\n".join(["no run yet: run the pipeline, then ask", *self._notes()])
         closed = "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
         return "\n".join(
             [
@@ -58,16 +69,28 @@ class Summary:
                 *self._reason(),
                 f"evaluations       {_batches(self.evaluations)}",
                 *(f"  of a ControlNet {_batches(evaluations)}" for evaluations in self.side_evaluations),
-                f"cross-attention   {cost.cross_computed} calls computed, {cost.cross_reused} reused",
-                f"self-attention    {cost.self_computed} calls computed, {cost.self_reused} reused",
+                *self._arithmetic(),
                 f"cache at peak     {self.cache_bytes / 2**20:.2f} MiB",
-                f"arithmetic        {cost.macs / 1e9:.3f} of {self.stock_macs / 1e9:.3f} GMACs, "
-                f"{self.macs_saved:.1%} saved",
+                *self._notes(),
             ]
         )
 
+    def _arithmetic(self) -> list[str]:
+        cost = self.cost
+        if not self.stock_macs:
+            return ["arithmetic        not counted"]
+        return [
+            f"cross-attention   {cost.cross_computed} calls computed, {cost.cross_reused} reused",
+            f"self-attention    {cost.self_computed} calls computed, {cost.self_reused} reused",
+            f"arithmetic        {cost.macs / 1e9:.3f} of {self.stock_macs / 1e9:.3f} GMACs, "
+            f"{self.macs_saved:.1%} saved",
+        ]
+
+    def _notes(self) -> list[str]:
+        return [f"note              {note}" for note in self.notes]
+
     def _reason(self) -> list[str]:
-        if not self.changes:
+        if not self.changes or self.schedule is None:
             return []
         last = ", ".join(f"{change:.3f}" for change in self.changes[-LEAST_CHANGES_FOR_AUTO:])
         word = "not all under" if self.gate_closed_at is None else "under"
@@ -81,28 +104,66 @@ def _batches(evaluations: Sequence[Evaluation]) -> str:
     return f"{len(evaluations)}, batches {batches}" + (f", {shallow} of them shallow" if shallow else "")
 
 
-def summarize(
-    config: TGateConfig, num_steps: int, denoisers: Sequence[GatedNetwork], side_networks: Sequence[GatedNetwork]
-) -> Summary:
-    """The record of a run that these networks were evaluated in."""
-    counted = [(network, *_counted(network, config)) for network in (*denoisers, *side_networks) if network.inputs]
-    gate = denoisers[0].gate
-    guided = any(network.guided or network.num_calls > len(network.evaluations) for network in denoisers)
+def summarize(loop: Loop) -> Summary:
+    """The record of the loop's last run. It raises nothing: what it cannot tell, it says."""
+    run = loop.run
+    notes = _replaced(loop)
+    if run is None or not any(part.record.evaluations for part in run.parts.values()):
+        return Summary(notes=tuple(notes))
+    cost, stock_macs = Cost(), 0
+    try:
+        for network in loop.networks:
+            part = run.parts.get(network.layers)
+            if part is not None:
+                counted, stock = _counted(network.module, part, loop.deepcache, notes)
+                cost, stock_macs = cost + counted, stock_macs + stock
+    except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
+        notes.append(f"the arithmetic could not be counted: {type(error).__name__}: {error}".splitlines()[0])
+        cost, stock_macs = Cost(), 0
+    evaluations = [_evaluations(run, network) for network in loop.networks]
+    of_denoisers = len(loop.denoisers)
     return Summary(
-        schedule=Schedule(config, num_steps, guidance=guided, closes_at=gate.closes_at),
-        evaluations=tuple(evaluation for denoiser in denoisers for evaluation in denoiser.evaluations),
-        side_evaluations=tuple(tuple(network.evaluations) for network in side_networks),
-        cost=sum((cost for _, cost, _ in counted), Cost()),
-        stock_macs=sum(stock for _, _, stock in counted),
-        changes=tuple(map(fmean, gate.watch.changes)),
-        cache_bytes=sum(network.gate.peak_cache_bytes for network, _, _ in counted),
+        schedule=Schedule(run.config, run.clock.num_steps, guidance=_dropped_guidance(run), closes_at=run.closes_at),
+        evaluations=sum(evaluations[:of_denoisers], ()),
+        side_evaluations=tuple(evaluations[of_denoisers:]),
+        cost=cost,
+        stock_macs=stock_macs,
+        cache_bytes=sum(part.peak_cache_bytes for part in run.parts.values()),
+        changes=tuple(map(fmean, loop.changes)),
+        notes=tuple(notes),
     )
 
 
-def _counted(network: GatedNetwork, config: TGateConfig) -> tuple[Cost, int]:
+def _evaluations(run: PipelineRun, network: Any) -> tuple[Evaluation, ...]:
+    part = run.parts.get(network.layers)
+    return () if part is None else tuple(part.record.evaluations)
+
+
+def _dropped_guidance(run: PipelineRun) -> bool:
+    """Whether anything of guidance was left out, or was about to be."""
+    records = [part.record for part in run.parts.values()]
+    halved = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
+    return any(len(record.given) > len(record.evaluations) for record in records) or any(
+        evaluation.mode.cross_attention in halved or evaluation.batch < record.batch_of(evaluation.given)
+        for record in records
+        for evaluation in record.evaluations
+    )
+
+
+def _counted(module: Any, part: Part, deepcache: Any, notes: list[str]) -> tuple[Cost, int]:
     """What a network's evaluations cost, and the multiply-accumulates of the stock pipeline's."""
-    assert network.inputs is not None
-    stock = Evaluation(StepMode.PLANNING, sample_of(network.inputs).shape[0])
-    done = network.evaluations
-    costs, _ = evaluation_costs(meta_copy(network.module), config, network.inputs, [stock, *done], network.deepcache)
-    return total(costs, done), costs[stock].macs * network.num_calls
+    foreign = sorted({processor for processor in part.processors.values() if isinstance(processor, str)})
+    model = meta_copy(module, part.processors)
+    if foreign:
+        like = type(default_processor(next(iter(attention_layers(model).values())))).__name__
+        notes.append(f"layers with {', '.join(foreign)} are counted as {like}")
+    counter = NetworkCost(model, part.record.inputs, deepcache)
+    return counter.of(part.record.evaluations), counter.stock(part.record.given).macs
+
+
+def _replaced(loop: Loop) -> list[str]:
+    """What is to be said of networks that the pipeline no longer has."""
+    return [
+        f"the gate is on a {type(module).__name__} that the pipeline no longer has: apply it again"
+        for module in loop.replaced_networks()
+    ]

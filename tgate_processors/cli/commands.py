@@ -9,6 +9,8 @@ import diffusers
 import torch
 from tqdm import tqdm
 
+from tgate_processors._tables import format_table
+from tgate_processors._validation import require_tolerance, require_whole
 from tgate_processors.cli.generate import Job, generate, read_prompts
 from tgate_processors.cli.processes import device_of_this_process, share_of_this_process
 from tgate_processors.demo.compare import compare
@@ -27,7 +29,7 @@ from tgate_processors.measure.interruption import keeping
 from tgate_processors.measure.quality import quality_of_pipeline
 from tgate_processors.measure.quality_report import plot_quality
 from tgate_processors.measure.rig import Rig, reduced
-from tgate_processors.schedule import TGateConfig, format_table, require_tolerance, require_whole
+from tgate_processors.schedule import TGateConfig
 
 
 Options = argparse.Namespace

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tgate_processors._tables import format_table
 from tgate_processors.demo.checker import Reading, read
 from tgate_processors.demo.world import Scene, caption
 from tgate_processors.handle import apply_tgate
-from tgate_processors.schedule import TGateConfig, format_table
+from tgate_processors.schedule import TGateConfig
 from tgate_processors.summary import Summary
 
 

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tgate_processors._gated_layers import Outputs
+from tgate_processors._modes import StepMode
+from tgate_processors._tables import format_table
 from tgate_processors.demo.checker import read
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import Scene, caption
 from tgate_processors.gate import Gate
-from tgate_processors.layers import cross_attention_layers
 from tgate_processors.measure.likeness import psnr
 from tgate_processors.measure.quality_report import estimate
 from tgate_processors.processors import gated_processors
-from tgate_processors.schedule import StepMode, TGateConfig, format_table
+from tgate_processors.schedule import TGateConfig
 
 
 STEPS, SCALE, BATCH = 25, 5.0, 32
@@ -111,9 +113,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         unet = self.pipe.unet
-        self.gate = Gate(TGateConfig(gate_step=1))
-        unet.set_attn_processor(gated_processors(unet, self.gate))
-        self.layers: list[Any] = [layer.processor for layer in cross_attention_layers(unet).values()]
+        gate = Gate(TGateConfig(gate_step=1))
+        unet.set_attn_processor(gated_processors(unet, gate))
+        self.layers = gate.layers
         self.pipe.scheduler.set_timesteps(STEPS)
         for start in range(0, len(self.scenes), BATCH):
             seeds = range(self.seed + start, self.seed + min(start + BATCH, len(self.scenes)))
@@ -132,7 +134,6 @@ class Loop:
         return torch.cat(made)
 
     def stock(self, negative: Tensor, positive: Tensor, latents: list[Tensor]) -> Tensor:
-        self.gate.enter(StepMode.PLANNING)
         for step in range(STEPS):
             both = self._both(latents[step], step, negative, positive)
             latents.append(self._next(latents[step], step, both[0] + SCALE * (both[1] - both[0])))
@@ -141,27 +142,35 @@ class Loop:
     def run(self, variant: Variant, negative: Tensor, positive: Tensor, stock: list[Tensor]) -> Tensor:
         first = variant.gate_step - 1
         latents, guidance, looked = stock[first], torch.zeros_like(stock[first]), first
+        stored: Outputs = {}
         for step in range(first, STEPS):
             if step == first or step in variant.looks:
-                self.gate.enter(StepMode.CLOSING_UNGUIDED)
+                self.layers.put_in(StepMode.CLOSING_UNGUIDED, {})
                 unguided, guided = self._both(latents, step, negative, positive)
                 guidance, looked = guided - unguided, step
-                self._keep(variant)
+                stored = self._kept(variant)
                 output = unguided + SCALE * guidance
             else:
                 glances = step in variant.glances or variant.computes
-                self.gate.enter(StepMode.CLOSING_UNGUIDED if glances else StepMode.FIDELITY)
-                for index in variant.always:
-                    self.layers[index].cached = None
+                self.layers.put_in(StepMode.CLOSING_UNGUIDED if glances else StepMode.FIDELITY, stored)
                 output = self.pipe.unet(latents, self._timestep(step), positive).sample
+                new = self.layers.take_out().new
+                if glances:
+                    stored = {name: [output for _, output in outputs] for name, outputs in new.items()}
                 output = output + (SCALE - variant.stored) * variant.kept(guidance, step - looked)
             latents = self._next(latents, step, output)
         return latents
 
-    def _keep(self, variant: Variant) -> None:
-        for index, layer in enumerate(self.layers):
-            negative, positive = layer.cached.chunk(2)
-            layer.cached = None if index in variant.always else torch.lerp(negative, positive, variant.stored)
+    def _kept(self, variant: Variant) -> Outputs:
+        """What the layers put out for both branches, as the variant keeps it."""
+        new = self.layers.take_out().new
+        always = [name for index, name in enumerate(self.layers.cross_attention) if index in variant.always]
+        kept: Outputs = {}
+        for name, [(_, output)] in new.items():
+            if name not in always:
+                negative, positive = output.chunk(2)
+                kept[name] = [torch.lerp(negative, positive, variant.stored)]
+        return kept
 
     def _both(self, latents: Tensor, step: int, negative: Tensor, positive: Tensor) -> Sequence[Tensor]:
         embeds = torch.cat([negative, positive])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tgate_processors._validation import require_whole
 from tgate_processors.demo.checker import ATTRIBUTES, read
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.render import render
@@ -19,7 +20,7 @@ from tgate_processors.measure.likeness import FrechetDistance
 from tgate_processors.measure.quality import Drawn, compare, draw
 from tgate_processors.measure.quality_report import Report
 from tgate_processors.measure.ways import Changes, Way
-from tgate_processors.schedule import TGateConfig, require_whole
+from tgate_processors.schedule import TGateConfig
 
 
 BATCH = 32

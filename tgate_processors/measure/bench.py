@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tgate_processors._tables import format_table
+from tgate_processors._validation import require_whole
 from tgate_processors.measure.contestants import Contestant, Run, contestants
 from tgate_processors.measure.interruption import keeping
 from tgate_processors.measure.plotting import BLUE, PALE, RED, new_figure
 from tgate_processors.measure.rig import Rig
 from tgate_processors.measure.run_cost import run_cost
 from tgate_processors.measure.ways import named, said_of
-from tgate_processors.schedule import format_table, require_whole
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from tgate_processors._folding import Inputs, sample_of, take_half
+from tgate_processors._layers import cross_attention_layers
+from tgate_processors._pipelines import denoisers_of
 from tgate_processors.errors import ConfigError
-from tgate_processors.guidance import Inputs, sample_of, take_half
-from tgate_processors.layers import cross_attention_layers
 from tgate_processors.measure import ways
 from tgate_processors.measure.rig import Rig
-from tgate_processors.pipelines import denoisers_of
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 

@@ -13,14 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tgate_processors._layers import cross_attention_layers
+from tgate_processors._loop import Loop
+from tgate_processors._pipelines import denoisers_of, takes_callback
+from tgate_processors._validation import require_tolerance
+from tgate_processors._watch import has_converged, watched_layers
 from tgate_processors.errors import ConfigError, StateError
-from tgate_processors.handle import apply_tgate
-from tgate_processors.layers import cross_attention_layers
+from tgate_processors.handle import TGate, apply_tgate, check_can_apply
 from tgate_processors.measure.interruption import keeping
 from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
-from tgate_processors.pipelines import denoisers_of, takes_callback
-from tgate_processors.schedule import TGateConfig, require_tolerance
-from tgate_processors.watch import has_converged, watched_layers
+from tgate_processors.schedule import TGateConfig
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,13 @@ def measure_convergence(
     changes: list[list[list[float]]] = []
     settings = described(pipe, call_kwargs) | {"num_inference_steps": num_inference_steps, "seed": seed}
     callback = kwargs.pop("callback_on_step_end", None)
-    with apply_tgate(pipe, config, callback_on_step_end=callback) as tgate, keeping(changes, settings):
-        tgate.gate.watches_all = True
+    check_can_apply(pipe, config)
+    with TGate(Loop(pipe, config, watches_all=True), callback) as tgate, keeping(changes, settings):
         if takes_callback(pipe):
             kwargs["callback_on_step_end"] = tgate
         for index, prompt in enumerate(tqdm(prompts, desc="measuring", unit="prompt")):
             pipe(prompt, generator=torch.Generator().manual_seed(seed + index), **kwargs)
-            changes.append(tgate.gate.watch.changes)
+            changes.append(tgate.changes)
     layers = tuple(cross_attention_layers(denoisers_of(pipe)[0]))
     if {len(row) for rows in changes for row in rows} != {len(layers)}:
         raise StateError(

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tgate_processors.handle import handles_on
+from tgate_processors._pipelines import denoisers_of
+from tgate_processors.handle import loops_on
 from tgate_processors.measure import likeness, ways
 from tgate_processors.measure.convergence import described, require_prompts
 from tgate_processors.measure.interruption import keeping
 from tgate_processors.measure.quality_report import Report, Row, estimate
 from tgate_processors.measure.ways import Way
-from tgate_processors.pipelines import denoisers_of
 from tgate_processors.presets import preset
 from tgate_processors.schedule import TGateConfig
 
@@ -54,13 +54,13 @@ def draw(pipe: Any, way: Way, count: int, arguments: Arguments, *, batch_size: i
     """
     pictures, gate_steps = [], []
     with way.on(pipe) as changes:
-        handle = next(iter(handles_on(denoisers_of(pipe)[0])), None)
+        loop = next(iter(loops_on(denoisers_of(pipe)[0])), None)
         for start in range(0, count, batch_size):
             chunk = slice(start, min(start + batch_size, count))
             kwargs = arguments(chunk) | changes
             pictures.append(pipe(**kwargs, output_type="pt").images.cpu().float())
-            if handle is not None and handle.config.gate_step == "auto":
-                gate_steps.append(handle.gate.closes_at or kwargs["num_inference_steps"])
+            if loop is not None and loop.config.gate_step == "auto":
+                gate_steps.append(loop.run.closes_at or kwargs["num_inference_steps"])
             if bar is not None:
                 bar.update(chunk.stop - chunk.start)
         # runs differ in their arithmetic by where they closed the gate: one of each is counted, all else being equal

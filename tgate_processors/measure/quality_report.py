@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgate_processors._tables import format_table
 from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
-from tgate_processors.schedule import format_table
 
 
 NORMAL_95 = 1.96  # standard deviations on either side that hold 95% of a normal distribution

@@ -10,10 +10,11 @@ from typing import Any
 import diffusers
 import torch
 
-from tgate_processors.cost import structural_copy
+from tgate_processors._cost import structural_copy
+from tgate_processors._validation import require_whole
 from tgate_processors.errors import ConfigError
 from tgate_processors.measure.architectures import Architecture
-from tgate_processors.schedule import TGateConfig, require_whole
+from tgate_processors.schedule import TGateConfig
 
 
 @dataclass(frozen=True)

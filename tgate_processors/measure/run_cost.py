@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tgate_processors import deepcache
-from tgate_processors.cost import Evaluation, evaluation_costs, total
-from tgate_processors.layers import cross_attention_layers
+from tgate_processors import _deepcache as deepcache
+from tgate_processors._cost import NetworkCost
+from tgate_processors._layers import cross_attention_layers
+from tgate_processors._modes import Phase, StepMode
+from tgate_processors._record import Evaluation
+from tgate_processors._tables import format_table
 from tgate_processors.measure.architectures import Architecture, architecture
-from tgate_processors.schedule import Phase, StepMode, TGateConfig, format_table
+from tgate_processors.schedule import TGateConfig
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
     stock = [
         Evaluation(StepMode.PLANNING, batch, _is_shallow(step, [0], cache_interval)) for step in range(known.steps)
     ]
-    costs, peak = evaluation_costs(model, config, known.inputs(model), [*stock, *gated], helper)
-    stock_cost, gated_cost = total(costs, stock), total(costs, gated)
+    network = NetworkCost(model, [known.inputs(model)], helper)
+    stock_cost, gated_cost = network.of(stock), network.of(gated)
     parameters = _count_parameters(model)
     cross = sum(map(_count_parameters, cross_attention_layers(model).values()))
     return RunCost(
@@ -98,7 +101,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
         gated_linear_and_conv_macs=gated_cost.linear_and_conv_macs,
         parameters=parameters,
         parameters_without_gated=parameters - cross,
-        cache_bytes=peak // 2,  # counted in single precision
+        cache_bytes=network.peak_cache_bytes(gated) // 2,  # counted in single precision
     )
 
 

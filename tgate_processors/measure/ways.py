@@ -8,12 +8,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from tgate_processors import deepcache
+from tgate_processors import _deepcache as deepcache
+from tgate_processors._folding import double, sample_of, take_half
+from tgate_processors._interception import intercept, release
+from tgate_processors._pipelines import denoisers_of, takes_callback
 from tgate_processors.errors import ConfigError, MissingPackageError
-from tgate_processors.guidance import Inputs, double, sample_of, take_half
 from tgate_processors.handle import apply_tgate
-from tgate_processors.interception import intercept, release
-from tgate_processors.pipelines import denoisers_of, takes_callback
 from tgate_processors.schedule import TGateConfig
 
 
@@ -61,15 +61,19 @@ class _DropsGuidance:
         self.first = first
         self.evaluations = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
-    def before(self, inputs: Inputs) -> Inputs:
-        self.drops = self.evaluations % self.num_steps >= self.gate_step
+    # Not `recursive`: `torch.compile` of the denoiser shall compile what `forward` calls.
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
+    def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        drops = self.evaluations % self.num_steps >= self.gate_step
         self.evaluations += 1
-        return take_half(inputs, sample_of(inputs).shape[0], first=self.first) if self.drops else inputs
+        if not drops:
+            return forward(*args, **kwargs)
+        args, kwargs = _take_half((args, kwargs), sample_of((args, kwargs)).shape[0], first=self.first)
+        return _double(forward(*args, **kwargs))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
-    def after(self, output: Any) -> Any:
-        return double(output) if self.drops else output
+
+_take_half = torch.compiler.disable(take_half)  # type: ignore[no-untyped-call]  # of torch
+_double = torch.compiler.disable(double)  # type: ignore[no-untyped-call]  # of torch
 
 
 def dropping_guidance(gate_step: int, num_steps: int, *, first: bool = False) -> Way:
@@ -89,7 +93,7 @@ def dropping_guidance(gate_step: int, num_steps: int, *, first: bool = False) ->
         try:
             yield {}
         finally:
-            release(denoiser, dropper)
+            release(denoiser)
 
     return Way(f"guidance dropped after {gate_step}", on)
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from diffusers import PNDMScheduler
 
-from tgate_processors.errors import UnsupportedPipelineError
-from tgate_processors.layers import cross_attention_layers
-from tgate_processors.schedule import Branch, StepClock
+from tgate_processors._clock import StepClock
+from tgate_processors._layers import cross_attention_layers
+from tgate_processors.errors import StateError, UnsupportedPipelineError
+from tgate_processors.schedule import Branch
 
 
 class Guidance(Enum):
@@ -200,6 +201,11 @@ def is_known(pipe: Any) -> bool:
     return any(name in FAMILIES for name in _class_names(pipe))
 
 
+def is_listed(pipe: Any) -> bool:
+    """Whether the pipeline is of a class in `FAMILIES`, and not one derived from it, whose loop may be another."""
+    return type(pipe).__name__ in FAMILIES
+
+
 def _class_names(pipe: Any) -> list[str]:
     return [cls.__name__ for cls in type(pipe).__mro__]
 
@@ -256,3 +262,25 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
         return False
     does = getattr(pipe, "do_classifier_free_guidance", None)
     return None if does is None else bool(does)
+
+
+def check_has_no_cache(denoiser: torch.nn.Module, guidance: Guidance) -> None:
+    """Whether nothing else is kept of the denoiser that would not fit half of its batch.
+
+    Raises:
+        StateError: One of diffusers' caches, or cache-dit, is enabled on a denoiser whose batch is halved.
+    """
+    if guidance not in (Guidance.HALVES, Guidance.HALVES_POSITIVE_FIRST):
+        return
+    name = _cache_on(denoiser)
+    if name is not None:
+        raise StateError(
+            f"`pipe` must not have {name} enabled beside T-GATE, which halves the batch of this "
+            f"{type(denoiser).__name__} at the gate: what {name} keeps fits the whole batch. Disable one of the two."
+        )
+
+
+def _cache_on(denoiser: Any) -> str | None:
+    if getattr(denoiser, "is_cache_enabled", False):
+        return type(denoiser._cache_config).__name__.removesuffix("Config")
+    return "cache-dit" if getattr(denoiser, "_is_cached", False) else None

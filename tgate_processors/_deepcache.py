@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from tgate_processors._modes import StepMode
+from tgate_processors._validation import require_whole
 from tgate_processors.errors import MissingPackageError, StateError
-from tgate_processors.schedule import require_whole
 
 
 def is_enabled(denoiser: torch.nn.Module) -> bool:
@@ -72,3 +73,30 @@ def last_step_was_full(helper: Any) -> bool:
     """Whether the last evaluation ran all layers."""
     since = helper.cur_timestep - helper.start_timestep
     return bool(since % helper.params["cache_interval"] == 0)
+
+
+class DeepFeatures:
+    """What DeepCache keeps in one run: forgotten where it does not fit the gate.
+
+    Args:
+        helper: The `DeepCacheSDHelper` that is enabled on the denoiser.
+    """
+
+    def __init__(self, helper: Any) -> None:
+        self._helper = helper
+        self._batch: int | None = None
+        self._mode: StepMode | None = None
+
+    def before(self, batch: int, mode: StepMode) -> None:
+        """Make the next evaluation a full one, where the batch changes and where attention is stored."""
+        if batch != self._batch or (mode.cross_attention.stores and mode is not self._mode):
+            self.forget()
+        self._batch, self._mode = batch, mode
+
+    def was_shallow(self) -> bool:
+        """Whether the last evaluation skipped the deep layers."""
+        return not last_step_was_full(self._helper)
+
+    def forget(self) -> None:
+        """Let the deep features go."""
+        make_next_step_full(self._helper)

@@ -38,6 +38,11 @@ def set_processors(denoiser: torch.nn.Module, processors: Mapping[str, Any]) -> 
             layer.set_processor(processors[name])  # type: ignore[operator]  # of diffusers' layers
 
 
+def is_of_diffusers(processor: Any) -> bool:
+    """Whether a processor's class is one of diffusers' own."""
+    return type(processor).__module__.startswith("diffusers.")
+
+
 def cross_attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Those of `attention_layers` that attend to the prompt and to nothing else."""
     layers = attention_layers(denoiser)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance at the denoiser: one branch of a doubled batch goes in, its output comes out twice.
+"""A denoiser's inputs and outputs, and their halves: one branch of a doubled batch goes in, both come out.
 
 The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, and need not know.
 """
@@ -11,7 +11,7 @@ import torch
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-FADING = 0.9  # of kept guidance, in a twenty-fifth of the run
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def sample_of(inputs: Inputs) -> torch.Tensor:
@@ -23,7 +23,11 @@ def sample_of(inputs: Inputs) -> torch.Tensor:
 
 
 # Positions in the picture, the same for every branch.
-UNBATCHED = {"image_rotary_emb", "rotary_embedding"}
+UNBATCHED = {"image_rotary_emb", "ip_adapter_masks", "rotary_embedding"}
+
+# What people hand to their own processors, in diffusers 0.42. Of these the names of diffusers are known.
+ATTENTION_KWARGS = {"attention_kwargs", "cross_attention_kwargs", "joint_attention_kwargs"}
+KNOWN_ATTENTION_KWARGS = {"gligen", "ip_adapter_masks", "scale"}
 
 # What side networks add. In guess mode a ControlNet sees the positive branch alone and the negative one is given
 # zeros, so the control is in the second half; else both halves are the same after the gate.
@@ -33,6 +37,12 @@ CONTROLS = {
     "down_intrablock_additional_residuals",
     "mid_block_additional_residual",
 }
+
+
+def timestep_of(inputs: Inputs) -> Any:
+    """The timestep among a denoiser's arguments: the second, or the one of that name."""
+    args, kwargs = inputs
+    return args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs.get("timestep")
 
 
 def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
@@ -48,17 +58,34 @@ def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
     args, kwargs = inputs
     take = functools.partial(_half, batch=batch, first=first)
     control = functools.partial(_half, batch=batch, first=False)
-    halves = {
-        name: value if name in UNBATCHED else map_tensors(control if name in CONTROLS else take, value)
-        for name, value in kwargs.items()
+    return tuple(map_tensors(take, args)), {
+        name: _halves(name, value, take, control) for name, value in kwargs.items()
     }
-    return tuple(map_tensors(take, args)), halves
+
+
+def _halves(name: str, value: Any, take: Change, control: Change) -> Any:
+    if name in UNBATCHED:
+        return value
+    if name in ATTENTION_KWARGS and isinstance(value, Mapping):
+        return {key: _halves(key, item, take, control) for key, item in value.items()}
+    return map_tensors(control if name in CONTROLS else take, value)
+
+
+def ambiguous_argument(inputs: Inputs, batch: int) -> str | None:
+    """The name of an attention argument of somebody's own that may be batched or not, such as masks of regions."""
+    for name in ATTENTION_KWARGS & inputs[1].keys():
+        for key, value in (inputs[1][name] or {}).items():
+            if key not in KNOWN_ATTENTION_KWARGS and any(_is_batched(tensor, batch) for tensor in tensors_in(value)):
+                return str(key)
+    return None
+
+
+def _is_batched(tensor: torch.Tensor, batch: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] > 0 and tensor.shape[0] % batch == 0
 
 
 def _half(tensor: torch.Tensor, *, batch: int, first: bool) -> torch.Tensor:
-    if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % batch:
-        return tensor
-    return tensor.chunk(2)[0 if first else 1]
+    return tensor.chunk(2)[0 if first else 1] if _is_batched(tensor, batch) else tensor
 
 
 def double(output: Any) -> Any:
@@ -73,15 +100,8 @@ def difference_of_halves(output: Any, *, first: bool) -> list[torch.Tensor]:
         output: Of both branches.
         first: Whether the first half goes on.
     """
-    differences = []
-
-    def subtract(tensor: torch.Tensor) -> torch.Tensor:
-        one, other = tensor.chunk(2) if first else reversed(tensor.chunk(2))
-        differences.append(other - one)
-        return tensor
-
-    map_tensors(subtract, output)
-    return differences
+    pairs = (tensor.chunk(2) if first else tensor.chunk(2)[::-1] for tensor in tensors_in(output))
+    return [other - one for one, other in pairs]
 
 
 def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: bool) -> Any:
@@ -103,7 +123,16 @@ def halves_are_equal(sample: torch.Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in mappings, lists and tuples, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []
+
+
+def map_tensors(change: Change, value: Any) -> Any:
     """`value` with `change` applied to each tensor in it, in mappings, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return change(value)

@@ -1,0 +1,296 @@
+"""What evaluations of a network cost, counted by running a copy of its structure on the meta device, without weights.
+
+The copy is stock and never gated: what a reused layer would cost is taken off. Nothing of the user's is run or
+written to: diffusers' own processors are copied, anybody else's are counted as diffusers' default.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.utils.flop_counter import FlopCounterMode
+
+from tgate_processors import _deepcache as dc
+from tgate_processors._folding import Inputs, map_tensors, sample_of, take_half, tensors_in
+from tgate_processors._layers import attention_layers, cross_attention_layers, is_of_diffusers
+from tgate_processors._modes import AttentionMode, StepMode
+from tgate_processors._record import Evaluation, to_meta
+
+
+# What counts as Linear and Conv; attention's two products and the like are matrix products beside these.
+LINEAR_AND_CONV = {"aten.convolution", "aten.addmm", "aten.mm"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What evaluations cost; costs add up.
+
+    Args:
+        macs: Multiply-accumulates, attention's matrix products among them.
+        linear_and_conv_macs: Those of Linear and Conv layers alone, the convention of the papers (calflops does not
+            see `scaled_dot_product_attention`).
+        cross_computed, cross_reused: Calls of cross-attention layers.
+        self_computed, self_reused: Calls of self-attention layers.
+    """
+
+    macs: int = 0
+    linear_and_conv_macs: int = 0
+    cross_computed: int = 0
+    cross_reused: int = 0
+    self_computed: int = 0
+    self_reused: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+@dataclass
+class _Layer:
+    """What the calls of an attention layer cost in an evaluation that computes all, and what they put out."""
+
+    is_cross: bool
+    calls: int = 0
+    macs: int = 0
+    linear_and_conv_macs: int = 0
+    output_bytes: int = 0
+
+
+@dataclass
+class _Profile:
+    """What an evaluation costs that computes all."""
+
+    macs: int = 0
+    linear_and_conv_macs: int = 0
+    layers: dict[str, _Layer] = field(default_factory=dict)
+
+    def cost(self, mode: StepMode, missed: Iterable[str] = ()) -> Cost:
+        """What it costs in a mode; the layers in `missed` compute all the same."""
+        counted = Cost(self.macs, self.linear_and_conv_macs)
+        for name, layer in self.layers.items():
+            its_mode = mode.cross_attention if layer.is_cross else mode.self_attention
+            kind = "cross" if layer.is_cross else "self"
+            if its_mode is AttentionMode.REUSE and name not in missed:
+                spared = {"macs": -layer.macs, "linear_and_conv_macs": -layer.linear_and_conv_macs}
+                counted += Cost(**spared, **{f"{kind}_reused": layer.calls})
+            else:
+                counted += Cost(**{f"{kind}_computed": layer.calls})
+        return counted
+
+    def output_bytes(self, *, cross: bool) -> int:
+        """Bytes that the layers of one kind put out, in single precision."""
+        return sum(layer.output_bytes for layer in self.layers.values() if layer.is_cross is cross)
+
+
+class NetworkCost:
+    """What the evaluations of one network cost; each kind of evaluation is run once.
+
+    Args:
+        model: From `meta_copy` or `build_on_meta`.
+        inputs: What the network was given, both branches of guidance, on the meta device.
+        deepcache: The `DeepCacheSDHelper` of the run, where there is one.
+    """
+
+    def __init__(self, model: Any, inputs: Sequence[Inputs], deepcache: Any = None) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._deepcache = deepcache
+        self._profiles: dict[tuple[int, int, bool], _Profile] = {}
+
+    def of(self, evaluations: Iterable[Evaluation]) -> Cost:
+        """What these evaluations cost together."""
+        return sum((self._profile(e).cost(e.mode, e.missed) for e in evaluations), Cost())
+
+    def stock(self, given: Iterable[int]) -> Cost:
+        """What the stock network's calls cost, for what each was given."""
+        calls = (Evaluation(StepMode.PLANNING, self._batch_of(index), given=index) for index in given)
+        return self.of(calls)
+
+    def peak_cache_bytes(self, evaluations: Iterable[Evaluation]) -> int:
+        """The most bytes of attention output that a run keeps, in single precision."""
+        kept, peak = {True: 0, False: 0}, 0
+        for evaluation in evaluations:
+            for cross, mode in ((True, evaluation.mode.cross_attention), (False, evaluation.mode.self_attention)):
+                if mode.stores:
+                    put_out = self._profile(evaluation).output_bytes(cross=cross)
+                    kept[cross] = put_out if mode is AttentionMode.STORE else put_out // 2
+                elif mode is AttentionMode.COMPUTE:
+                    kept[cross] = 0
+            peak = max(peak, sum(kept.values()))
+        return peak
+
+    def _batch_of(self, given: int) -> int:
+        return sample_of(self._inputs[given]).shape[0]
+
+    def _profile(self, evaluation: Evaluation) -> _Profile:
+        key = (evaluation.given, evaluation.batch, evaluation.shallow)
+        if key not in self._profiles:
+            inputs, batch = self._inputs[evaluation.given], self._batch_of(evaluation.given)
+            if evaluation.batch < batch:
+                inputs = take_half(inputs, batch, first=True)
+            with ExitStack() as stack:
+                if self._deepcache is not None:
+                    inputs = _beside(self._model, self._deepcache, inputs, evaluation.shallow, stack)
+                self._profiles[key] = _count(self._model, inputs)
+        return self._profiles[key]
+
+
+def _beside(model: Any, deepcache: Any, inputs: Inputs, shallow: bool, stack: ExitStack) -> Inputs:
+    """Have the same helper on the model, in a run of two timesteps: a full one at 0, a shallow one at 1."""
+    pipe = SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=[0, 1]))
+    helper = type(deepcache)(pipe=pipe)
+    helper.params = deepcache.params
+    stack.enter_context(dc.enabled(helper))
+    (sample, _, *rest), kwargs = inputs  # DeepCache reads the timestep's value
+    if shallow:
+        with torch.no_grad():
+            model(sample, torch.tensor(0), *rest, **kwargs)
+    return (sample, torch.tensor(int(shallow)), *rest), kwargs
+
+
+def _count(model: torch.nn.Module, inputs: Inputs) -> _Profile:
+    args, kwargs = map_tensors(lambda tensor: tensor, inputs)  # HunyuanDiT empties the list of its controls
+    profile = _Profile()
+    counter = FlopCounterMode(display=False)
+    cross = cross_attention_layers(model)
+    hooks = []
+    for name, layer in attention_layers(model).items():
+        profile.layers[name] = counted = _Layer(is_cross=name in cross)
+        before = _Before(counter)
+        hooks.append(layer.register_forward_pre_hook(before.note))
+        hooks.append(layer.register_forward_hook(_after(before, counted)))
+    try:
+        with torch.no_grad(), counter:
+            model(*args, **kwargs)
+            profile.macs, profile.linear_and_conv_macs = _macs(counter)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    profile.layers = {name: layer for name, layer in profile.layers.items() if layer.calls}
+    return profile
+
+
+class _Before:
+    """What was counted when a layer was called."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter = counter
+        self.macs = (0, 0)
+
+    def note(self, *_: Any) -> None:
+        self.macs = _macs(self.counter)
+
+
+def _after(before: _Before, counted: _Layer) -> Callable[..., None]:
+    def add(layer: Any, args: Any, output: Any) -> None:
+        macs, linear_and_conv = _macs(before.counter)
+        counted.calls += 1
+        counted.macs += macs - before.macs[0]
+        counted.linear_and_conv_macs += linear_and_conv - before.macs[1]
+        counted.output_bytes += sum(tensor.nbytes for tensor in tensors_in(output))
+
+    return add
+
+
+def _macs(counter: FlopCounterMode) -> tuple[int, int]:
+    flops = {str(operator): flops for operator, flops in counter.flop_counts["Global"].items()}
+    linear_and_conv = sum(count for operator, count in flops.items() if operator in LINEAR_AND_CONV)
+    return sum(flops.values()) // 2, linear_and_conv // 2
+
+
+# Copies of networks
+
+
+def meta_copy(network: Any, processors: Mapping[str, Any] | None = None) -> Any:
+    """A network as it is now, adapters too, on the meta device in single precision.
+
+    Quantized layers are Linear and Conv layers there, whose arithmetic they replace.
+
+    Args:
+        network: The network; nothing of it is written to.
+        processors: The attention processors to copy, by the names of the layers; for one that is not of diffusers'
+            own classes, and is not to be run, the class's default stands in. Without, those that it has.
+    """
+    model = structural_copy(network, to_meta, _as_plain)
+    for name, layer in attention_layers(model).items():
+        processor = layer.processor if processors is None else processors.get(name)
+        layer._modules.pop("processor", None)
+        layer.processor = _copy_of(processor) if is_of_diffusers(processor) else default_processor(layer)
+    return model
+
+
+def default_processor(layer: Any) -> Any:
+    """The processor that diffusers gives a layer of this class."""
+    return AttnProcessor2_0() if isinstance(layer, Attention) else type(layer)._default_processor_cls()
+
+
+def _copy_of(processor: Any) -> Any:
+    if isinstance(processor, torch.nn.Module):
+        return structural_copy(processor, to_meta)
+    copied = copy.copy(processor)
+    vars(copied).update({n: to_meta(v) for n, v in vars(copied).items() if isinstance(v, torch.Tensor)})
+    return copied
+
+
+def structural_copy(
+    network: Any,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    replace: Callable[[torch.nn.Module], torch.nn.Module | None] = lambda module: None,
+) -> Any:
+    """A network of the same modules with `change` applied to every tensor.
+
+    What compiles, offloads or hooks its forwards is left behind.
+
+    Args:
+        network: The network.
+        change: Makes the copy's tensors.
+        replace: Gives another module in a module's place, or None to copy it.
+    """
+    network = getattr(network, "_orig_mod", network)  # torch.compile wraps it
+    other = replace(network)
+    if other is not None:
+        return other
+    copied = network.__class__.__new__(network.__class__)
+    for name, value in vars(network).items():
+        if name.endswith("_hooks"):
+            vars(copied)[name] = OrderedDict()
+        elif name not in ("forward", "_compiled_call_impl"):
+            vars(copied)[name] = change(value) if isinstance(value, torch.Tensor) else value
+    for kind in ("_parameters", "_buffers"):
+        tensors = getattr(network, kind)
+        setattr(copied, kind, {name: None if t is None else change(t) for name, t in tensors.items()})
+    children = network._modules.items()
+    copied._modules = {n: None if child is None else structural_copy(child, change, replace) for n, child in children}
+    return copied
+
+
+def _as_plain(module: Any) -> torch.nn.Module | None:
+    """The layer of torch, on the meta device, that a quantized one stands for; None where it is no such layer."""
+    kind = type(module)
+    if hasattr(module, "base_layer") or kind.__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
+        return None
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return torch.nn.Linear(module.in_features, module.out_features, device="meta")
+    if isinstance(module, torch.nn.Conv2d):
+        return torch.nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]  # two numbers
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+            device="meta",
+        )
+    return None
+
+
+def build_on_meta(denoiser: Any, config: Any) -> Any:
+    """A model of the diffusers class `denoiser` with this config, on the meta device."""
+    with torch.device("meta"):
+        return denoiser.from_config(config).to("meta").eval()

@@ -1,0 +1,84 @@
+"""Standing around a module's calls, outside of whatever compiles, offloads or hooks its forward.
+
+A forward hook stands inside: `module.compile()` traces it, and it cannot leave the forward out. So the module gets a
+subclass of its own class with another `__call__`, as `torch.nn.utils.parametrize` and FSDP do. Nobody needs to know:
+the subclass compares equal to the class below (`from_pipe` looks for `type(module)` in a list), copies and pickles as
+that class, and comes off also where another class has been put over it since.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Interceptor(Protocol):
+    """What stands around a module's calls."""
+
+    def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the caller gets; `forward` is the module's own call."""
+
+
+def interceptor_of(module: torch.nn.Module) -> Any:
+    """Who stands around the module's calls, or those of the module that `torch.compile` wrapped; None if nobody."""
+    for candidate in (module, getattr(module, "_orig_mod", module)):
+        interceptor = getattr(type(candidate), "_tgate_interceptor", None)
+        if interceptor is not None:
+            return interceptor
+    return None
+
+
+def intercept(module: torch.nn.Module, interceptor: Interceptor) -> None:
+    """Have `interceptor` stand around every call of `module`, until `release`."""
+    _set_class(module, _intercepted_class(type(module), weakref.ref(module), interceptor))
+
+
+def release(module: torch.nn.Module) -> None:
+    """Undo `intercept`. Safe to call twice."""
+    mro = type(module).__mro__
+    ours = next((cls for cls in mro if "_tgate_interceptor" in vars(cls)), None)
+    if ours is None:
+        return
+    below = ours.__bases__[0]
+    if type(module) is ours:
+        _set_class(module, below)
+    for above in mro:  # FSDP and parametrizations make a class of the module's own, over this one
+        if ours in above.__bases__:
+            above.__bases__ = tuple(below if base is ours else base for base in above.__bases__)
+
+
+def _set_class(module: torch.nn.Module, cls: type) -> None:
+    # Past `OptimizedModule.__setattr__`, which would write to the module that it wraps.
+    object.__setattr__(module, "__class__", cls)
+
+
+class _EqualToTheClassBelow(type):
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or ("_tgate_interceptor" in vars(cls) and cls.__bases__[0] is other)
+
+    # Its own: torch keeps FSDP's wrappers by class.
+    __hash__ = type.__hash__
+
+
+def _intercepted_class(base: Any, intercepted: "weakref.ref[torch.nn.Module]", interceptor: Interceptor) -> type:
+    # Not `recursive`: `torch.compile` of the intercepted module shall compile what is called here.
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if intercepted() is not self:  # made by its class, as a copy may be: nobody asked for it
+            return base.__call__(self, *args, **kwargs)
+        return interceptor.around(functools.partial(base.__call__, self), args, kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if type(self) is not cls:
+            return base.__reduce_ex__(self, protocol)
+        return object.__new__, (base,), *base.__reduce_ex__(self, 2)[2:]
+
+    # The same name, so that `save_pretrained` writes the class that can be loaded.
+    same = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_tgate_interceptor": interceptor}
+    kind = type(base)
+    meta = _EqualToTheClassBelow if kind is type else type(kind.__name__, (_EqualToTheClassBelow, kind), {})
+    cls: type = meta(base.__name__, (base,), same | own)
+    return cls

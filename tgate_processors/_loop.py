@@ -1,0 +1,322 @@
+"""A pipeline's denoising loop: which of its networks' calls are its run's, and in which step each is.
+
+Where a timestep lies in the memory of `scheduler.timesteps` says it, without asking the device. Some pipelines convert
+the timestep on the way, more in half precision; there the callback says it, or the count of evaluations.
+"""
+
+import functools
+import logging
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tgate_processors import _pipelines as pipelines
+from tgate_processors._deepcache import DeepFeatures
+from tgate_processors._guidance import Calls, Halves, Whole
+from tgate_processors._network import GatedNetwork
+from tgate_processors._pipelines import Guidance
+from tgate_processors._watch import watched_layers
+from tgate_processors.errors import StateError, UnsupportedPipelineError
+from tgate_processors.run import Part, Run
+from tgate_processors.schedule import TGateConfig
+
+
+logger = logging.getLogger(__name__)
+FEW_STEPS = 8  # in which cross-attention hardly converges before the run is over
+LEAST_CALLS_WITHOUT_CALLBACK = 4  # in a step of a pipeline that may call several times, before one is missed
+
+
+class PipelineRun(Run):
+    """A run of a pipeline.
+
+    Attributes:
+        timesteps: The scheduler's, when it began.
+        first: Where in these it began.
+        thread: The thread that it runs in.
+        is_seen: Whether its timesteps are views of the scheduler's, so that these say the step.
+        last_callback: The last step that the callback was called with.
+    """
+
+    def __init__(self, pipe: Any, config: TGateConfig, first: int | None) -> None:
+        super().__init__(config, pipelines.step_clock(pipe))
+        self.timesteps = pipe.scheduler.timesteps
+        self.is_seen = first is not None
+        self.first = first or 0
+        self.thread = threading.get_ident()
+        self.last_callback = -1
+
+
+class Loop:
+    """The denoising loop of one pipeline.
+
+    Args:
+        pipe: The pipeline.
+        config: The gate's settings.
+        deepcache: The `DeepCacheSDHelper` that is enabled on the denoiser, where there is one.
+        watches_all: Whether all cross-attention is watched throughout, to measure, and the gate never closes.
+
+    Attributes:
+        run: The run that is going on, or the last.
+        denoisers, side_networks: What it evaluates.
+        reuses_self_attention: Whether a run may.
+        deepcache: The helper.
+    """
+
+    def __init__(self, pipe: Any, config: TGateConfig, *, deepcache: Any = None, watches_all: bool = False) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.run: PipelineRun | None = None
+        self.denoisers = [GatedNetwork.of(module) for module in pipelines.denoisers_of(pipe)]
+        self.side_networks = [GatedNetwork.of(module) for module in pipelines.side_networks_of(pipe)]
+        self.reuses_self_attention = config.reuses_self_attention
+        self._family = pipelines.family_of(pipe)
+        self._is_tried = pipelines.is_listed(pipe)
+        self._takes_callback = pipelines.takes_callback(pipe)
+        self.deepcache = deepcache
+        self._watches_all = watches_all
+        self._has_warned = False
+        self._overtaken: dict[int, Any] = {}  # by thread: timesteps of a run that another thread's has ended
+
+    @property
+    def networks(self) -> list[GatedNetwork]:
+        """All that it evaluates."""
+        return [*self.denoisers, *self.side_networks]
+
+    @property
+    def changes(self) -> list[list[float]]:
+        """Of the watched layers of the denoiser in the last run, as `Watch` has them."""
+        part = None if self.run is None else self.run.parts.get(self.denoisers[0].layers)
+        return [] if part is None else part.watch.changes
+
+    def replaced_networks(self) -> list[torch.nn.Module]:
+        """Gated networks that the pipeline no longer has."""
+        try:
+            has = [*pipelines.denoisers_of(self.pipe), *pipelines.side_networks_of(self.pipe)]
+        except UnsupportedPipelineError:  # it has no denoiser at all
+            has = []
+        still = {id(module) for one in has for module in (one, getattr(one, "_orig_mod", one))}
+        return [network.module for network in self.networks if id(network.module) not in still]
+
+    def does_guidance(self) -> bool | None:
+        """Whether the pipeline does guidance now; None where it does not say."""
+        return pipelines.does_guidance(self.pipe, self._family.guidance)
+
+    # Whose call it is
+
+    def goes_on(self, network: GatedNetwork, timestep: Any) -> Part | None:
+        """What the run keeps of the network, if the timestep says that this call is its next; else None."""
+        run = self.run
+        if run is None or run.is_over:
+            return None
+        position = position_in(timestep, run.timesteps)
+        if position is None or not self._is_next(run, network, position - run.first):
+            return None
+        return self._part(run, network)
+
+    def begins(self, network: GatedNetwork, timestep: Any) -> Part | None:
+        """The same of a call that the pipeline itself makes: it begins a run, or is the next by the count; else None.
+
+        Raises:
+            StateError: Another thread has begun a run meanwhile, or the callback was not passed where it is needed.
+        """
+        self._check_is_not_overtaken(timestep)
+        run, now = self.run, self.pipe.scheduler.timesteps
+        position = position_in(timestep, now)
+        if run is None or run.timesteps is not now or (position is None and run.is_over):
+            run = self._begin(position)
+        elif run.is_seen:
+            if position != run.first:
+                return None
+            run = self._begin(position)
+        elif not self._counts(run, network):
+            return None
+        return self._part(run, network)
+
+    def leaves(self, stack: Sequence[Any]) -> None:
+        """Let the run go where its pipeline is no longer running in this thread: it failed, or was cancelled."""
+        run = self.run
+        if run is not None and not run.is_over and run.thread == threading.get_ident() and self.pipe not in stack:
+            run.stop()
+
+    def _is_next(self, run: PipelineRun, network: GatedNetwork, position: int) -> bool:
+        if position == run.position:
+            part = run.parts.get(network.layers)
+            most = self._most_calls(run, part)
+            return part is None or most is None or part.calls < most
+        if position == run.position + 1 and any(part.calls for part in run.parts.values()):
+            run.move_to(position)
+            return True
+        return False
+
+    def _most_calls(self, run: PipelineRun, part: Part | None) -> int | None:
+        """How many calls of a network one timestep may have; None where nobody knows."""
+        if self._family.guidance is Guidance.CALLS:
+            return 2 if part is None or not run.closed else max(1, part.most_calls)
+        return 1 if self._is_tried else None
+
+    def _counts(self, run: PipelineRun, network: GatedNetwork) -> bool:
+        """Whether a call is the next of a run whose steps the callback or the count of evaluations say."""
+        part = run.parts.get(network.layers)
+        most = self._most_calls(run, part)
+        calls = 0 if part is None else part.calls
+        if most is None:
+            most = max(run.clock.num_evaluations, LEAST_CALLS_WITHOUT_CALLBACK) - 1
+        if calls < most:
+            return True
+        if self._takes_callback and run.last_callback < 0 and network in self.denoisers:
+            run.stop()
+            raise StateError(
+                "`callback_on_step_end` must be the handle that `apply_tgate` returned, but it was not called after "
+                f"{calls} evaluations. Pass it to the pipeline: "
+                "`pipe(..., callback_on_step_end=tgate)`; give a callback of your own to `apply_tgate`."
+            )
+        return False
+
+    # From step to step
+
+    def was_evaluated(self, network: GatedNetwork) -> None:
+        """Take note of an evaluation, and move the run where nobody else does."""
+        run = self.run
+        if run is None or run.is_over or network not in self.denoisers:
+            return
+        part = run.parts[network.layers]
+        if run.closed and run.clock.num_steps <= FEW_STEPS and not part.leaves_out_guidance:
+            _say_that_few_steps_gain_little()
+        most = self._most_calls(run, part) or part.most_calls
+        if (not run.is_seen and not self._takes_callback) or (
+            part.calls >= most and run.position + 1 == run.clock.num_evaluations and run.position
+        ):
+            run.move_to(run.position + 1)
+
+    def end_step(self, step_index: int, timestep: Any) -> None:
+        """Take note of the pipeline's callback after a step.
+
+        Raises:
+            StateError: The denoiser was not evaluated in the step, or another thread has begun a run.
+        """
+        self._check_is_not_overtaken(timestep)
+        run = self.run
+        if run is None or step_index <= run.last_callback or not self._is_of(run, timestep):
+            raise StateError(
+                "`callback_on_step_end` was called after a step in which the gated "
+                f"{type(self.denoisers[0].module).__name__} was not evaluated. If the gate was removed, or the "
+                "pipeline has another denoiser now, apply again."
+            )
+        run.last_callback = step_index
+        if self._takes_callback:
+            run.move_to(step_index + 1)
+
+    def stop(self) -> None:
+        """End the run that is going on, if any."""
+        if self.run is not None:
+            self.run.stop()
+
+    def _is_of(self, run: PipelineRun, timestep: Any) -> bool:
+        now = self.pipe.scheduler.timesteps
+        return run.timesteps is now or position_in(timestep, now) is None
+
+    # Runs
+
+    def _begin(self, first: int | None) -> PipelineRun:
+        last = self.run
+        thread = threading.get_ident()
+        self._overtaken.pop(thread, None)
+        if last is not None and not last.is_over:
+            last.stop()
+            if last.thread != thread:
+                self._overtaken[last.thread] = last.timesteps
+        run = PipelineRun(self.pipe, self.config, first)
+        for network in self.denoisers:
+            pipelines.check_has_no_cache(network.module, self._family.guidance)
+        for network in self.networks:
+            network.install(self)
+        self.run = run
+        if self.config.gate_step != "auto" and run.gate_step >= run.clock.num_steps and not self.reuses_self_attention:
+            self._warn_that_it_never_closes(run)
+        return run
+
+    def _warn_that_it_never_closes(self, run: PipelineRun) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        steps = run.clock.num_steps
+        warnings.warn(
+            f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate will "
+            f"never close. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
+            stacklevel=2,
+        )
+
+    def _part(self, run: PipelineRun, network: GatedNetwork) -> Part:
+        part = run.parts.get(network.layers)
+        if part is None:
+            is_denoiser = network in self.denoisers
+            part = run.parts[network.layers] = Part(
+                run,
+                network.layers,
+                self._strategy(is_denoiser),
+                watched=self._watched(network) if is_denoiser else (),
+                decides=not self._watches_all,
+                other_cache=None if self.deepcache is None or not is_denoiser else DeepFeatures(self.deepcache),
+                processors=network.processors,
+            )
+        return part
+
+    def _strategy(self, is_denoiser: bool) -> Whole:
+        guidance = self._family.guidance
+        if guidance is Guidance.CALLS:
+            return Calls()
+        if guidance is Guidance.NONE:
+            return Whole()
+        looks = self.config.look_interval is not None
+        branch = self.config.branch or ("positive" if looks else self._family.branch)
+        negative_first = guidance is not Guidance.HALVES_POSITIVE_FIRST
+        first_half = (branch == "negative") == negative_first
+        return Halves(first_half=first_half, looks=looks, is_denoiser=is_denoiser, is_tried=self._is_tried)
+
+    def _watched(self, network: GatedNetwork) -> tuple[str, ...]:
+        names = tuple(network.layers.cross_attention)
+        if self._watches_all:
+            return names
+        if self.config.gate_step != "auto":
+            return ()
+        return tuple(names[index] for index in watched_layers(len(names)))
+
+    def _check_is_not_overtaken(self, timestep: Any) -> None:
+        timesteps = self._overtaken.get(threading.get_ident())
+        if timesteps is None:
+            return
+        now = self.pipe.scheduler.timesteps
+        is_seen = position_in(timestep, timesteps) is not None
+        is_new = position_in(timestep, now) is not None or self.run is None or now is not self.run.timesteps
+        if is_seen or not is_new:
+            del self._overtaken[threading.get_ident()]
+            raise StateError(
+                f"`pipe` must not run in two threads at once, got a second run of this {type(self.pipe).__name__} "
+                "while the first was going on. The two share a scheduler. Give each thread a pipeline of its own with "
+                "a scheduler of its own: `type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config("
+                "pipe.scheduler.config))`."
+            )
+
+
+@functools.cache
+def _say_that_few_steps_gain_little() -> None:
+    """Once in a process."""
+    logger.warning(
+        "a run of %d steps or fewer without guidance gains little from T-GATE: with latent-consistency models, in 4 "
+        "steps, its authors report 1.04 to 1.08 times the speed. `summary()` says what your run saves.",
+        FEW_STEPS,
+    )
+
+
+def position_in(timestep: Any, timesteps: Any) -> int | None:
+    """Where a timestep lies in the scheduler's timesteps; None where it is no view of them."""
+    if not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor):
+        return None
+    if timestep.device != timesteps.device or timestep.dtype != timesteps.dtype or timesteps.ndim != 1:
+        return None
+    offset = timestep.data_ptr() - timesteps.data_ptr()
+    position, rest = divmod(offset, timesteps.element_size() * max(1, timesteps.stride(0)))
+    return position if rest == 0 and 0 <= position < len(timesteps) else None

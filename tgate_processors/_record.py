@@ -1,0 +1,68 @@
+"""What a run did in a network, evaluation by evaluation."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tgate_processors._folding import Inputs, map_tensors, sample_of
+from tgate_processors._modes import StepMode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A call of a network that was computed.
+
+    Args:
+        mode: What its attention did.
+        batch: The batch that it computed.
+        shallow: Whether DeepCache skipped its deep layers.
+        given: Which of the record's inputs it was given.
+        missed: Attention layers that computed, though the mode says that they reuse: what was stored did not fit.
+    """
+
+    mode: StepMode
+    batch: int
+    shallow: bool = False
+    given: int = 0
+    missed: frozenset[str] = frozenset()
+
+
+class Record:
+    """The evaluations of one network in one run.
+
+    Attributes:
+        evaluations: Those that were computed, in order.
+        inputs: What the pipeline gave, without values: one for each shape of the sample.
+        given: Which of `inputs` each call was given, with those that were left out.
+    """
+
+    def __init__(self) -> None:
+        self.evaluations: list[Evaluation] = []
+        self.inputs: list[Inputs] = []
+        self.given: list[int] = []
+        self._shapes: dict[torch.Size, int] = {}
+
+    def batch_of(self, given: int) -> int:
+        """The batch of one of `inputs`."""
+        return sample_of(self.inputs[given]).shape[0]
+
+    def note_given(self, inputs: Inputs) -> int:
+        """Note a call; gives which of `inputs` it was given."""
+        shape = sample_of(inputs).shape
+        index = self._shapes.setdefault(shape, len(self.inputs))
+        if index == len(self.inputs):
+            self.inputs.append(on_meta(inputs))
+        self.given.append(index)
+        return index
+
+
+def on_meta(inputs: Inputs) -> Inputs:
+    """A denoiser's inputs without their values."""
+    args, kwargs = inputs
+    return tuple(map_tensors(to_meta, args)), map_tensors(to_meta, kwargs)
+
+
+def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of the same shape, in single precision, whatever the run's and however it is quantized."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, device="meta", dtype=dtype)

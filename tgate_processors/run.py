@@ -1,0 +1,380 @@
+"""A run: one denoising loop from its first evaluation to its end, and all that is kept for it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tgate_processors._clock import StepClock
+from tgate_processors._folding import Inputs, sample_of
+from tgate_processors._gated_layers import GatedLayers, Outputs, Taken
+from tgate_processors._guidance import Whole
+from tgate_processors._modes import AttentionMode, Phase, StepMode
+from tgate_processors._record import Evaluation, Record
+from tgate_processors._watch import Watch, has_converged, to_paper_steps
+from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, Schedule, TGateConfig
+
+
+class OtherCache(Protocol):
+    """Another method that keeps something of a network from one evaluation to the next, and must know of the gate."""
+
+    def before(self, batch: int, mode: StepMode) -> None:
+        """Forget what does not fit an evaluation of this batch in this mode."""
+
+    def was_shallow(self) -> bool:
+        """Whether the last evaluation left layers out."""
+
+    def forget(self) -> None:
+        """Forget everything: the run is over."""
+
+
+class Run:
+    """One denoising loop. It is made when the loop begins and let go when it ends, and never reset.
+
+    Attributes:
+        config: The gate's settings.
+        clock: The loop's length, and which step an evaluation is in.
+        position: How many evaluations of the loop are behind it.
+        is_over: Whether the loop has ended. Nothing is stored then.
+        closes_at: The first step after the gate, where the run has decided it itself.
+        parts: What the run keeps of each network that was evaluated.
+    """
+
+    def __init__(self, config: TGateConfig, clock: StepClock) -> None:
+        self.config = config
+        self.clock = clock
+        self.position = 0
+        self.is_over = False
+        self.closes_at: int | None = None
+        self.parts: dict[GatedLayers, Part] = {}
+        self._schedules: dict[bool, Schedule] = {}
+        self.schedule()  # says now if the run is too short
+
+    @classmethod
+    def of_nothing(cls, config: TGateConfig) -> "Run":
+        """What stands for a run where there was none: over, with nothing in it."""
+        run = Run(config, StepClock(LEAST_STEPS_FOR_AUTO))
+        run.is_over = True
+        return run
+
+    def __repr__(self) -> str:
+        if self.is_over:
+            return f"{type(self).__name__}({self.config}): over, {self.clock.num_steps} steps"
+        phase = self.schedule()[self.step].phase.value
+        return f"{type(self).__name__}({self.config}): step {self.step} of {self.clock.num_steps}, {phase}"
+
+    @property
+    def step(self) -> int:
+        """The step that it is in, 0-based."""
+        return self.clock.step(min(self.position, self.clock.num_evaluations - 1))
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is in its fidelity-improving phase."""
+        return not self.is_over and self.schedule()[self.step].phase is Phase.FIDELITY
+
+    @property
+    def gate_step(self) -> int:
+        """The first step after the gate, as far as it is known; past the run's end where it does not close."""
+        return self.schedule().gate_step
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of attention output kept now."""
+        return sum(part.cache_bytes for part in self.parts.values())
+
+    def schedule(self, guidance: bool = True) -> Schedule:
+        """The modes of its steps, for evaluations with guidance or without."""
+        if guidance not in self._schedules:
+            self._schedules[guidance] = Schedule(
+                self.config, self.clock.num_steps, guidance=guidance, closes_at=self.closes_at
+            )
+        return self._schedules[guidance]
+
+    def move_to(self, position: int) -> None:
+        """Go to the loop's evaluation number `position`, 0-based; past the last one the run is over."""
+        if position == self.position or self.is_over:
+            return
+        step = self.step
+        self.position = position
+        over = position >= self.clock.num_evaluations
+        if over or self.step != step:
+            self._look()
+        for part in self.parts.values():
+            part.begin_position()
+        if over:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the run: all that it has stored is let go."""
+        self.is_over = True
+        for part in self.parts.values():
+            part.let_go()
+
+    def _look(self) -> None:
+        """See whether cross-attention has converged, at the end of a step. Waits for the device where it does."""
+        converged = [part.has_converged() for part in self.parts.values()]
+        if any(converged):
+            self.closes_at = self.step + 1  # the step that begins stores
+            self._schedules.clear()
+            for part in self.parts.values():
+                part.end_watching()
+
+
+class Call:
+    """One evaluation of a network, from before it to after it.
+
+    Args:
+        number: Which call for its timestep it is.
+        batch: The batch that it was given.
+
+    Attributes:
+        inputs: What the network is called with.
+        given: Which of the record's inputs it was given.
+        answer: What the caller gets where the call is left out; None where it is not.
+        has_halves: Whether its batch is two halves; None where nobody can say yet.
+        mode: What attention does.
+        folded: Whether one half of what was given is computed.
+        batch: The batch that is computed.
+    """
+
+    def __init__(self, number: int, batch: int) -> None:
+        self.number = number
+        self.batch = batch
+        self.inputs: Inputs = ((), {})
+        self.given = 0
+        self.answer: Any = None
+        self.has_halves: bool | None = False
+        self.mode = StepMode.PLANNING
+        self.folded = False
+
+
+class Stored:
+    """What the layers of one kind stored in an evaluation: their outputs, and the batch that these are of."""
+
+    def __init__(self, outputs: Outputs, batch: int) -> None:
+        self.outputs = outputs
+        self.batch = batch
+
+    def reduce(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Keep of the outputs of a whole batch what an evaluation of `batch` can reuse."""
+        if self.batch == 2 * batch:
+            self.outputs = {name: list(map(change, outputs)) for name, outputs in self.outputs.items()}
+            self.batch = batch
+
+
+class Part:
+    """What a run keeps of one network: stored outputs, kept guidance, the record.
+
+    Args:
+        run: The run.
+        layers: The gated layers of the network.
+        strategy: How guidance is done there, made for this run.
+        watched: Cross-attention layers whose convergence closes the gate; none where others decide.
+        decides: Whether the gate closes when they have converged.
+        other_cache: What else keeps something of this network between evaluations.
+        processors: Of its attention layers in this run, without the gate.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        layers: GatedLayers,
+        strategy: Whole,
+        *,
+        watched: tuple[str, ...] = (),
+        decides: bool = True,
+        other_cache: OtherCache | None = None,
+        processors: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run = run
+        self.layers = layers
+        self.strategy = strategy
+        self.record = Record()
+        self.processors: Mapping[str, Any] = processors or {}
+        self.calls = 0  # for the timestep at hand
+        self.most_calls = 0
+        self.peak_cache_bytes = 0
+        self.watch = Watch(run.clock.num_steps)
+        self._watched = watched
+        self._decides = decides
+        self._seen: dict[str, Tensor] = {}  # what the watched layers put out last
+        self._other_cache = other_cache
+        self._stored: dict[tuple[bool, int], Stored] = {}  # of cross-attention or not, in which call for a timestep
+        self._closes_late = False
+        self._noted_in_step = 0
+        self._answer: Any = None  # of a timestep's first call, for those that are left out
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of attention output kept now."""
+        kept = {id(t): t.nbytes for stored in self._stored.values() for ts in stored.outputs.values() for t in ts}
+        kept |= {id(t): t.nbytes for t in self._seen.values()}
+        return sum(kept.values())
+
+    @property
+    def leaves_out_guidance(self) -> bool:
+        """Whether the last evaluation was of one branch of several."""
+        last = self.record.evaluations[-1]
+        return last.batch < self.record.batch_of(last.given) or (self.most_calls > 1 and self.strategy.leaves_out(1))
+
+    def before(self, inputs: Inputs, does_guidance: Callable[[], bool | None]) -> Call:
+        """Begin an evaluation: what it is called with, or what is answered for it.
+
+        Args:
+            inputs: Of the call.
+            does_guidance: Says whether the pipeline does guidance now, or None.
+        """
+        run = self.run
+        call = Call(self.calls, sample_of(inputs).shape[0])
+        call.given = self.record.note_given(inputs)
+        self.calls += 1
+        self.most_calls = max(self.most_calls, self.calls)
+        if call.number and self._answer is not None and self.strategy.leaves_out(call.number):
+            call.answer = self._answer
+            return call
+        if run.step >= run.gate_step - 1:  # before, nothing depends on it
+            call.has_halves = self.strategy.has_halves(inputs, does_guidance(), step=run.step, calls=self.most_calls)
+        self.plan(call)
+        call.inputs = self.strategy.fold(inputs) if call.folded else inputs
+        if self._other_cache is not None:
+            self._other_cache.before(call.batch, call.mode)
+        return call
+
+    def plan(self, call: Call) -> None:
+        """Decide what attention does in a call, and make what is stored fit it."""
+        run = self.run
+        if call.number == 0:
+            # A network that was not evaluated in the step that closes the gate closes in the first that it is.
+            self._closes_late = run.closed and (True, 0) not in self._stored
+        schedule = run.schedule(bool(call.has_halves))
+        call.mode = schedule[schedule.gate_step - 1 if self._closes_late else run.step]
+        if call.mode.phase is Phase.FIDELITY:
+            call.folded = bool(call.has_halves)
+            call.batch //= 1 + call.folded
+            self._fit_to_one_branch(call)
+        for is_cross, mode in _kinds(call.mode):
+            if mode is not AttentionMode.REUSE:  # only a store comes right before a reuse: nothing older is read again
+                self._stored.pop((is_cross, call.number), None)
+
+    def settings(self, call: Call) -> dict[str, Any]:
+        """What `GatedLayers.put_in` is called with for a call."""
+        outputs: Outputs = {}
+        for is_cross, mode in _kinds(call.mode):
+            if mode is AttentionMode.REUSE and (is_cross, call.number) in self._stored:
+                outputs |= self._stored[is_cross, call.number].outputs
+        return {
+            "mode": call.mode,
+            "stored": outputs,
+            "keeps_first_half": self.strategy.keeps_first_half,
+            "offloads": self.run.config.offload_cache,
+            "watched": self._watched,
+        }
+
+    def after(self, call: Call, taken: Taken, output: Any) -> Any:
+        """End an evaluation: what the caller gets.
+
+        Args:
+            call: From `before`.
+            taken: What was taken out of the layers.
+            output: Of the network.
+        """
+        self.keep(call, taken)
+        shallow = self._other_cache is not None and self._other_cache.was_shallow()
+        missed = frozenset(taken.missed)
+        self.record.evaluations.append(Evaluation(call.mode, call.batch, shallow, call.given, missed))
+        output = self.guided_output(call, output)
+        if call.mode.phase is Phase.FIDELITY and self.strategy.leaves_out(call.number + 1):
+            self._answer = output
+        return output
+
+    def guided_output(self, call: Call, output: Any) -> Any:
+        """The output of all that was given, of what was computed; takes note of its guidance where all was."""
+        if call.folded:
+            since = (self.run.step - self._noted_in_step) / to_paper_steps(self.run.clock.num_steps)
+            return self.strategy.unfold(output, since)
+        if call.mode.cross_attention.stores and call.has_halves is not False:
+            self.strategy.note(output)
+            self._noted_in_step = self.run.step
+        return output
+
+    def keep(self, call: Call, taken: Taken) -> None:
+        """Keep what the layers have stored."""
+        if self.run.is_over or not taken.new:
+            return
+        for is_cross, mode in _kinds(call.mode):
+            names = [name for name in taken.new if (name in self.layers.cross_attention) is is_cross]
+            if mode is AttentionMode.COMPUTE:
+                self._seen |= {name: _own(taken.new[name][-1][1]) for name in names}
+                continue
+            stored = self._stored.setdefault((is_cross, call.number), Stored({}, call.batch))
+            if mode in (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF):
+                # Of a layer that is called several times nobody knows which rows are which branch's.
+                names = [name for name in names if len(taken.new[name]) == 1]
+                stored.batch = call.batch // 2
+            for name in names:
+                stored.outputs[name] = _updated(stored.outputs.get(name, []), taken.new[name])
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
+
+    def begin_position(self) -> None:
+        """Begin the calls for another timestep."""
+        self.calls = 0
+        self._answer = None
+
+    def has_converged(self) -> bool:
+        """Compare what the watched layers put out in a step with the step before; whether the gate shall close."""
+        if not self._seen:
+            return False
+        rows = next(iter(self._seen.values())).shape[0]  # in a loop of one's own there is no record
+        batch = self.record.evaluations[-1].batch if self.record.evaluations else rows
+        self.watch.look([self._seen.get(name) for name in self._watched], batch)
+        config, num_steps = self.run.config, self.run.clock.num_steps
+        return self._decides and has_converged(self.watch.changes, num_steps, config.tolerance)
+
+    def end_watching(self) -> None:
+        """Watch no layer any more."""
+        self._watched = ()
+        self._seen.clear()
+        self.watch.before.clear()
+
+    def let_go(self) -> None:
+        """Let all go that is kept for later evaluations, guidance with its strategy."""
+        self.end_watching()
+        self._stored.clear()
+        self._answer = None
+        self.strategy = Whole()
+        if self._other_cache is not None:
+            self._other_cache.forget()
+
+    def _fit_to_one_branch(self, call: Call) -> None:
+        for is_cross in (True, False):
+            of_calls = [number for kind, number in self._stored if kind is is_cross]
+            if len(of_calls) > 1:
+                merged = self.strategy.merge([self._stored[is_cross, number].outputs for number in sorted(of_calls)])
+                if len(merged) == 1:
+                    self._stored[is_cross, 0].outputs = merged[0]
+                    for number in of_calls:
+                        if number:
+                            del self._stored[is_cross, number]
+            if call.folded and (is_cross, call.number) in self._stored:
+                self._stored[is_cross, call.number].reduce(call.batch, self.strategy.reduce)
+
+
+def _kinds(mode: StepMode) -> tuple[tuple[bool, AttentionMode], tuple[bool, AttentionMode]]:
+    return (True, mode.cross_attention), (False, mode.self_attention)
+
+
+def _own(output: Tensor) -> Tensor:
+    """A copy: a CUDA graph writes its next replay's outputs over those of the last, and half a tensor keeps it all."""
+    return output.clone()
+
+
+def _updated(stored: list[Tensor], new: list[tuple[int, Tensor]]) -> list[Tensor]:
+    updated = list(stored)
+    for call, output in new:
+        if call < len(updated):
+            updated[call] = _own(output)
+        elif call == len(updated):
+            updated.append(_own(output))
+        # else an earlier call kept nothing, and this one would be taken for it
+    return updated
