@@ -5,6 +5,7 @@ import torch
 from tiny import FAMILIES, Observed, fingerprint, num_layers, tiny
 
 from tgate_processors import TGateConfig, apply_tgate
+from tgate_processors.processors import GatedProcessor
 
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
@@ -46,13 +47,12 @@ def test_only_what_is_read_is_stored_and_nothing_stays(family):
     kept = []
     config = TGateConfig(gate_step=2)
     tgate = apply_tgate(subject.pipe, config)
-    subject.denoiser.register_forward_hook(
-        lambda *_: kept.append([layer.cached is not None for layer in tgate.gate.layers])
-    )
+    states = [p.state for p in subject.denoiser.attn_processors.values() if isinstance(p, GatedProcessor)]
+    subject.denoiser.register_forward_hook(lambda *_: kept.append(sum(bool(s.stored or s.new) for s in states)))
     subject(tgate)
-    assert [sum(now) for now in kept[:-1]] == [0] + [cross_layers] * (len(kept) - 2)
+    assert kept == [0] + [cross_layers] * (len(kept) - 1)
     assert tgate.gate.cache_bytes == 0
-    assert all(layer.cached is None for layer in tgate.gate.layers)
+    assert not any(state.stored or state.new for state in states)
 
 
 def test_a_second_call_equals_the_first(family):

@@ -6,7 +6,7 @@ import torch
 from tiny import fingerprint, left_behind, tiny
 from torch._dynamo.utils import counters
 
-from tgate_processors import ConfigError, Gate, StateError, TGateConfig, apply_tgate, gated_processors
+from tgate_processors import ConfigError, Gate, TGateConfig, apply_tgate, gated_processors
 from tgate_processors._watch import Watch, has_converged, watched_layers
 
 
@@ -122,12 +122,16 @@ def test_a_run_that_closes_itself_is_the_run_with_that_gate_step(gate_step):
 
 
 def test_a_run_knows_nothing_of_the_last_ones_decision():
-    gate = Gate(AUTO)
-    gate.start(9)
-    gate.close_at(3)
-    assert gate.gate_step == 3
-    gate.start(9)
-    assert (gate.closes_at, gate.gate_step) == (None, 9)
+    subject = tiny("sd")
+    config = closing_at(5)
+    with apply_tgate(subject.pipe, config) as tgate:
+        subject(tgate, num_inference_steps=STEPS)
+        assert (tgate.gate.closes_at, tgate.gate.gate_step) == (5, 5)
+        at_the_start = []
+        hook = subject.denoiser.register_forward_hook(lambda *_: at_the_start.append(tgate.gate.gate_step))
+        subject(tgate, num_inference_steps=STEPS)
+        hook.remove()
+    assert at_the_start[0] == STEPS
 
 
 def test_a_run_that_does_not_converge_is_the_stock_run():
@@ -198,10 +202,11 @@ def test_a_controlnet_follows_the_denoiser():
     with apply_tgate(pipe, AUTO) as tgate:
         pipe(**entry.call([0]) | {"num_inference_steps": 8}, callback_on_step_end=tgate)
         gate_step = tgate.summary().gate_closed_at
-        denoiser, side = (network.evaluations for network in tgate._networks)
+        summary = tgate.summary()
+        denoiser, side = summary.evaluations, summary.side_evaluations[0]
     assert gate_step is not None
     assert [e.mode for e in denoiser] == [e.mode for e in side]
-    assert not tgate._networks[1].gate.watch.changes
+    assert sum(bool(part.watch.changes) for part in tgate.gate.parts.values()) == 1
 
 
 def test_of_two_denoisers_the_second_may_decide():
@@ -213,8 +218,10 @@ def test_of_two_denoisers_the_second_may_decide():
     pipe = build(entry.build)
     with apply_tgate(pipe, AUTO) as tgate:
         pipe(**entry.call([0]) | {"num_inference_steps": 12}, callback_on_step_end=tgate)
-        closings = {network.gate.closes_at for network in tgate._denoisers}
-    assert len(closings) == 1
+        decided = tgate.gate.closes_at
+        modes = tgate.summary().schedule.modes
+    assert decided is not None
+    assert modes == TGateConfig(gate_step=decided).schedule(12).modes
 
 
 def test_heun_evaluates_twice_and_is_looked_at_once():
@@ -258,20 +265,18 @@ def test_in_a_loop_of_ones_own():
     kwargs = subject.kwargs()
     gate = Gate(config)
     unet.set_attn_processor(gated_processors(unet, gate))
-    gate.start(STEPS)
+    run = gate.start(STEPS, guidance=True)
     scheduler.set_timesteps(STEPS)
     latents = kwargs["latents"]
     embeds = torch.cat([kwargs["negative_prompt_embeds"], kwargs["prompt_embeds"]])
     closed = []
     for t in scheduler.timesteps:
-        closed.append(gate.closed)
-        if gate.closed:
-            noise = unet(latents, t, encoder_hidden_states=embeds[:1])[0]
-        else:
-            negative, positive = unet(torch.cat([latents] * 2), t, encoder_hidden_states=embeds)[0].chunk(2)
-            noise = negative + kwargs["guidance_scale"] * (positive - negative)
+        closed.append(run.closed)
+        output = unet(run.fold(torch.cat([latents] * 2)), t, encoder_hidden_states=run.fold(embeds))[0]
+        negative, positive = run.unfold(output).chunk(2)
+        noise = negative + kwargs["guidance_scale"] * (positive - negative)
         latents = scheduler.step(noise, t, latents)[0]
-        gate.advance()
+        run.advance()
     assert closed.index(True) == 5
 
 
@@ -288,12 +293,12 @@ def test_a_run_too_short_to_measure_leaves_the_pipeline_usable():
 
 
 def test_a_loop_that_never_calls_the_callback():
+    """The timesteps say the step."""
+    config = closing_at(5)
     subject = tiny("sd")
-    with (
-        apply_tgate(subject.pipe, AUTO),
-        pytest.raises(StateError, match="`callback_on_step_end` must be the handle that `apply_tgate` returned"),
-    ):
-        subject(num_inference_steps=6)
+    with apply_tgate(subject.pipe, config) as tgate:
+        expected = subject(tgate, num_inference_steps=STEPS)
+        assert torch.equal(subject(num_inference_steps=STEPS), expected)
 
 
 def test_what_is_counted_without_a_run_needs_a_known_step():

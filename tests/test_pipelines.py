@@ -96,7 +96,7 @@ def test_evaluations_and_attention_calls(name):
         before_the_gate = len(one.batches) - (STEPS - GATE)
         assert one.computed["cross"] == len(one.cross) * before_the_gate
         assert one.computed["self"] == one.num_self * len(one.batches)
-    assert all(network.gate.cache_bytes == 0 for network in tgate._networks)
+    assert tgate.gate.cache_bytes == 0
 
 
 @pytest.mark.parametrize(

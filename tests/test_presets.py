@@ -5,7 +5,7 @@ import logging
 import pytest
 from tiny import tiny
 
-from tgate_processors import ConfigError, TGateConfig, apply_tgate, handle, preset
+from tgate_processors import ConfigError, TGateConfig, _loop, apply_tgate, preset
 from tgate_processors.presets import PRESETS
 
 
@@ -40,12 +40,22 @@ def test_a_name_that_is_none():
 
 
 def test_few_steps_are_said_once_to_gain_little(caplog):
-    handle._say_that_few_steps_gain_little.cache_clear()
-    subject = tiny("sd")
+    _loop._say_that_few_steps_gain_little.cache_clear()
+    subject = tiny("lcm-sdxl")
     with apply_tgate(subject.pipe, TGateConfig(gate_step=2)) as tgate, caplog.at_level(logging.WARNING):
         subject(tgate, num_inference_steps=9)
         assert not caplog.records
         for _ in range(2):
             subject(tgate, num_inference_steps=8)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "a run of 8 steps or fewer gains little from T-GATE" in caplog.text
+    assert "a run of 8 steps or fewer without guidance gains little from T-GATE" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart-alpha"])
+def test_few_steps_with_guidance_save_as_many_do(family, caplog):
+    _loop._say_that_few_steps_gain_little.cache_clear()
+    subject = tiny(family)
+    with apply_tgate(subject.pipe, TGateConfig(gate_step=2)) as tgate, caplog.at_level(logging.WARNING):
+        subject(tgate, num_inference_steps=4)
+        assert tgate.summary().macs_saved > 0.2
+    assert not caplog.records

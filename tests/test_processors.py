@@ -9,7 +9,15 @@ from diffusers.models import attention_processor as zoo
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from tiny import tiny
 
-from tgate_processors import Gate, StateError, TGateAttnProcessor2_0, TGateConfig, apply_tgate, gated_processors
+from tgate_processors import (
+    Gate,
+    TGateAttnProcessor2_0,
+    TGateConfig,
+    apply_tgate,
+    gated_processors,
+    ungated_processors,
+)
+from tgate_processors._gated_layers import GatedLayers
 from tgate_processors._modes import StepMode
 from tgate_processors.processors import GatedProcessor, gated, gated_class, ungated
 
@@ -59,19 +67,37 @@ def test_a_users_processor_keeps_its_state_and_its_keywords():
     unet.set_attn_processor(Scaled(0.5))
     sample, text, extra = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32), {"extra": 0.25}
     plain = unet(sample, 5, text, cross_attention_kwargs=extra).sample
-    gate = Gate(TGateConfig(gate_step=2))
-    unet.set_attn_processor(gated_processors(unet, gate))
+    unet.set_attn_processor(gated_processors(unet, Gate(TGateConfig(gate_step=2))))
     assert torch.equal(unet(sample, 5, text, cross_attention_kwargs=extra).sample, plain)
-    assert all(isinstance(layer, Scaled) and layer.factor == 0.5 for layer in gate.layers)
-    assert len({id(layer) for layer in gate.layers}) == 7  # one instance was shared; each layer has its own
+    layers = [p for p in unet.attn_processors.values() if isinstance(p, GatedProcessor)]
+    assert all(isinstance(layer, Scaled) and layer.factor == 0.5 for layer in layers)
+    assert len(layers) == len({id(layer) for layer in layers}) == 7  # one was shared; each layer has its own
+
+
+def test_what_is_set_on_a_users_processor_is_seen_at_once_and_stays():
+    """A gated one has the attributes of the one that it stands in for, and not copies."""
+    unet, mine = tiny("sd").denoiser, Scaled(0.5)
+    unet.set_attn_processor(mine)
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
+    half = unet(sample, 5, text).sample
+    unet.set_attn_processor(gated_processors(unet, Gate(TGateConfig(gate_step=2))))
+    mine.factor = 0.25
+    quarter = unet(sample, 5, text).sample
+    assert not torch.equal(quarter, half)
+    next(p for p in unet.attn_processors.values() if isinstance(p, GatedProcessor)).factor = 0.5
+    assert mine.factor == 0.5
+    unet.set_attn_processor(ungated_processors(unet))
+    assert set(map(id, unet.attn_processors.values())) == {id(mine)}
+    assert torch.equal(unet(sample, 5, text).sample, half)
 
 
 def test_ungated_is_the_processor_below():
     processor = Scaled(0.5)
-    below = ungated(gated(processor, Gate(TGateConfig(gate_step=2)), is_cross_attention=True))
-    assert type(below) is Scaled
-    assert vars(below) == vars(processor)
+    assert ungated(gated(processor, GatedLayers(), is_cross_attention=True)) is processor
     assert ungated(processor) is processor
+    anew = ungated(type(gated(processor, GatedLayers(), is_cross_attention=True))(0.25))  # as diffusers does
+    assert type(anew) is Scaled
+    assert anew.factor == 0.25
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -82,13 +108,14 @@ def test_reuse_adds_its_own_residual(residual, rescale, picture):
     attn = Attention(8, heads=2, dim_head=4, residual_connection=residual, rescale_output_factor=rescale)
     shape = (2, 8, 3, 3) if picture else (2, 9, 8)
     old, new = torch.randn(shape), torch.randn(shape)
-    gate = Gate(TGateConfig(gate_step=2, sp_interval=2))
-    attn.set_processor(gated(AttnProcessor2_0(), gate, is_cross_attention=False))
-    gate.layers = [attn.processor]
-    gate.enter(StepMode.PLANNING_STORE_SELF)
+    layers = GatedLayers()
+    attn.set_processor(gated(AttnProcessor2_0(), layers, is_cross_attention=False))
+    layers.hold({"layer": attn.processor})
+    layers.put_in(StepMode.PLANNING_STORE_SELF, {})
     with torch.no_grad():
         computed = attn(old)
-        gate.enter(StepMode.PLANNING_REUSE_SELF)
+        [(_, stored)] = layers.take_out().new["layer"]
+        layers.put_in(StepMode.PLANNING_REUSE_SELF, {"layer": [stored]})
         expected = computed + (new - old) / rescale if residual else computed
         torch.testing.assert_close(attn(new), expected, rtol=0, atol=1e-6)
 
@@ -105,25 +132,16 @@ def test_a_loop_of_ones_own_equals_the_pipeline():
     scheduler.set_timesteps(12)
     negative, positive = kwargs["negative_prompt_embeds"], kwargs["prompt_embeds"]
     latents = kwargs["latents"] * scheduler.init_noise_sigma
-    gate.start(num_inference_steps=12)
+    run = gate.start(num_inference_steps=12, guidance=True)
     for t in scheduler.timesteps:
-        if gate.closed:
-            noise = unet(latents, t, negative).sample
-        else:
-            u, c = unet(torch.cat([latents] * 2), t, torch.cat([negative, positive])).sample.chunk(2)
-            noise = u + 5.0 * (c - u)
-        latents = scheduler.step(noise, t, latents).prev_sample
-        gate.advance()
+        text = run.fold(torch.cat([negative, positive]))
+        u, c = run.unfold(unet(run.fold(torch.cat([latents] * 2)), t, text).sample).chunk(2)
+        latents = scheduler.step(u + 5.0 * (c - u), t, latents).prev_sample
+        run.advance()
     assert torch.equal(latents, expected)
-    assert gate.cache_bytes == 0
-    assert not gate.closed
-
-
-def test_advancing_before_a_run_is_an_error():
-    with pytest.raises(
-        StateError, match=r"`advance` was called before `start`. Call `gate.start\(num_inference_steps\)`"
-    ):
-        Gate(TGateConfig(gate_step=2)).advance()
+    assert run.cache_bytes == 0
+    assert run.is_over
+    assert not run.closed
 
 
 def test_self_attention_that_is_never_reused_keeps_its_processors():

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tgate_processors._disguise import disguised
+
 
 class Interceptor(Protocol):
     """What stands around a module's calls."""
@@ -54,14 +56,6 @@ def _set_class(module: torch.nn.Module, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-class _EqualToTheClassBelow(type):
-    def __eq__(cls, other: object) -> bool:
-        return cls is other or ("_tgate_interceptor" in vars(cls) and cls.__bases__[0] is other)
-
-    # Its own: torch keeps FSDP's wrappers by class.
-    __hash__ = type.__hash__
-
-
 def _intercepted_class(base: Any, intercepted: "weakref.ref[torch.nn.Module]", interceptor: Interceptor) -> type:
     # Not `recursive`: `torch.compile` of the intercepted module shall compile what is called here.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
@@ -78,7 +72,5 @@ def _intercepted_class(base: Any, intercepted: "weakref.ref[torch.nn.Module]", i
     # The same name, so that `save_pretrained` writes the class that can be loaded.
     same = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_tgate_interceptor": interceptor}
-    kind = type(base)
-    meta = _EqualToTheClassBelow if kind is type else type(kind.__name__, (_EqualToTheClassBelow, kind), {})
-    cls: type = meta(base.__name__, (base,), same | own)
+    cls: type = disguised(base, base.__name__, (base,), same | own)
     return cls

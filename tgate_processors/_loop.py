@@ -154,7 +154,7 @@ class Loop:
     def _most_calls(self, run: PipelineRun, part: Part | None) -> int | None:
         """How many calls of a network one timestep may have; None where nobody knows."""
         if self._family.guidance is Guidance.CALLS:
-            return 2 if part is None or not run.closed else max(1, part.most_calls)
+            return 2 if part is None or part.closes_late or not run.closed else max(1, part.most_calls)
         return 1 if self._is_tried else None
 
     def _counts(self, run: PipelineRun, network: GatedNetwork) -> bool:
@@ -244,8 +244,8 @@ class Loop:
         self._has_warned = True
         steps = run.clock.num_steps
         warnings.warn(
-            f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate will "
-            f"never close. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
+            f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate "
+            f"never closes. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
             stacklevel=2,
         )
 

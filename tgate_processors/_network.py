@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from tgate_processors._callers import callers
 from tgate_processors._checkpointing import checkpoints_kept
 from tgate_processors._folding import Inputs, timestep_of
+from tgate_processors._gated_layers import GatedLayers, Taken
 from tgate_processors._installation import Installation
 from tgate_processors._interception import intercept, interceptor_of, release
 from tgate_processors._modes import StepMode
@@ -63,7 +64,7 @@ class GatedNetwork:
         return network if isinstance(network, cls) else cls(module)
 
     @property
-    def layers(self) -> Any:
+    def layers(self) -> GatedLayers:
         """Its gated layers."""
         return self._installation.layers
 
@@ -120,21 +121,36 @@ class GatedNetwork:
     def _evaluate(self, loop: EvaluatesNetworks, part: Part, forward: Callable[..., Any], inputs: Inputs) -> Any:
         output = None
         try:
-            call = _before(part, inputs, loop.does_guidance)
-            if call.answer is None:
-                settings = part.settings(call)
-                with self._checkpoints(call, settings):
-                    self.layers.put_in(**settings)
-                    try:
+            try:
+                call, checkpoints = self._enter(loop, part, inputs)
+                if call.answer is None:
+                    with checkpoints:
                         output = forward(*call.inputs[0], **call.inputs[1])
-                    finally:
-                        taken = self.layers.take_out()
-                output = _after(part, call, taken, output)
+            finally:
+                taken = self._leave()
+            return self._answer(loop, part, call, taken, output)
         except BaseException:
             part.run.stop()  # its loop has failed with it
             raise
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    def _enter(self, loop: EvaluatesNetworks, part: Part, inputs: Inputs) -> tuple[Call, AbstractContextManager[None]]:
+        call = part.before(inputs, loop.does_guidance)
+        if call.answer is not None:
+            return call, nullcontext()
+        settings = part.settings(call)
+        self.layers.put_in(**settings)
+        return call, self._checkpoints(call, settings) if torch.is_grad_enabled() else nullcontext()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    def _leave(self) -> Taken:
+        return self.layers.take_out()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    def _answer(self, loop: EvaluatesNetworks, part: Part, call: Call, taken: Taken, output: Any) -> Any:
+        answer = part.after(call, taken, output) if call.answer is None else call.answer
         loop.was_evaluated(self)
-        return output if call.answer is None else call.answer
+        return answer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _claimed(self, inputs: Inputs) -> tuple[EvaluatesNetworks | None, Part | None]:
@@ -154,10 +170,7 @@ class GatedNetwork:
             loop.leaves(running)
         return None, None
 
-    def _checkpoints(self, call: Call, settings: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled():
-            return nullcontext()
-
+    def _checkpoints(self, call: Call, settings: dict[str, Any]) -> AbstractContextManager[None]:
         @contextmanager
         def again() -> Iterator[None]:
             with self._lock, self._set_aside():
@@ -176,7 +189,3 @@ class GatedNetwork:
             yield
         finally:
             self.layers.go_on(aside)
-
-
-_before = torch.compiler.disable(Part.before)  # type: ignore[no-untyped-call]  # of torch
-_after = torch.compiler.disable(Part.after)  # type: ignore[no-untyped-call]  # of torch

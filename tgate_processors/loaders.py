@@ -1,7 +1,6 @@
 """The original package's loaders (tgate 0.1.2 and 1.0.0): `pipe.tgate(...)` is `pipe(...)`, gated for that call."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import MethodType
@@ -102,7 +101,7 @@ def _call(
     **kwargs: Any,
 ) -> Any:
     config = TGateConfig(gate_step=gate_step, sp_interval=sp_interval, fi_interval=fi_interval, warm_up=warm_up)
-    _check_call(pipe, args, kwargs, config, lcm)
+    _check_call(pipe, args, kwargs, lcm)
     has_callback = pipelines.takes_callback(pipe)
     if callback_on_step_end is not None and not has_callback:
         raise ConfigError(
@@ -121,17 +120,10 @@ def _call(
         return pipe(*args, **kwargs)
 
 
-def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: TGateConfig, lcm: bool) -> None:
+def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lcm: bool) -> None:
     """Say before the run what does not fit it."""
     call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
     call.apply_defaults()
-    steps = call.arguments["num_inference_steps"]
-    if config.gate_step != "auto" and config.schedule(steps).gate_step >= steps:
-        warnings.warn(
-            f"`gate_step` should be below the number of steps, got {config.gate_step} of {steps}: the gate never "
-            f"closes. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
-            stacklevel=4,
-        )
     scale = call.arguments.get("guidance_scale", call.arguments.get("max_guidance_scale"))
     embeds_guidance = getattr(pipelines.denoisers_of(pipe)[0].config, "time_cond_proj_dim", None) is not None
     if lcm and scale is not None and scale > 1 and not embeds_guidance:

@@ -2,11 +2,12 @@
 
 import inspect
 import weakref
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from tgate_processors._disguise import Disguised, disguised
 from tgate_processors._gated_layers import GatedLayers, LayerState
 from tgate_processors._layers import attention_layers, check_can_be_gated, cross_attention_layers, is_joint
 from tgate_processors._modes import AttentionMode
@@ -14,7 +15,7 @@ from tgate_processors.errors import UnsupportedPipelineError
 from tgate_processors.gate import Gate
 
 
-class GatedProcessor:
+class GatedProcessor(metaclass=Disguised):
     """Mixin over an attention processor: computes with the class below it, stores the output, or reuses it.
 
     What is stored is the output before the layer's residual connection and rescaling, `(batch, tokens, channels)`;
@@ -23,10 +24,10 @@ class GatedProcessor:
     stores anew. Without a gate it only computes.
 
     It has the attributes of the processor that it stands in for, the same and not copies: what is set on either is set
-    on both. It is copied and pickled as that processor, and `__class__` is that processor's, for those who compare
-    classes (`set_default_attn_processor`) or call them (`load_ip_adapter`).
+    on both. It is copied and pickled as that processor, and its class compares equal to that processor's.
 
     Attributes:
+        stands_over: The processor class below; looked up in every call, since it may be patched.
         below: The processor that it stands in for; None where diffusers made this one anew, by its class.
         layers: The gated layers of the network that it belongs to; None once it was taken off.
         is_cross_attention: Whether its layer attends to the prompt.
@@ -35,6 +36,7 @@ class GatedProcessor:
 
     __slots__ = ("below", "is_cross_attention", "layers", "state")
 
+    stands_over: ClassVar[Any]
     below: Any
     layers: GatedLayers | None
     is_cross_attention: bool
@@ -49,26 +51,24 @@ class GatedProcessor:
         super().__init_subclass__()
         if GatedProcessor not in cls.__bases__:
             return  # a subclass of a gated class is gated already
+        mro = cls.__mro__
+        cls.stands_over = below = mro[mro.index(GatedProcessor) + 1]
 
         def __call__(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             state = self.state
             if state.mode is AttentionMode.COMPUTE:
-                return super(cls, self).__call__(attn, hidden_states, *args, **kwargs)  # type: ignore[misc]  # below
+                return below.__call__(self, attn, hidden_states, *args, **kwargs)
             call = state.calls
             state.calls = call + 1
             if state.mode is AttentionMode.REUSE and call < len(state.stored):
                 stored = state.stored[call]
-                if stored.shape == hidden_states.shape and (state.offloads or stored.device == hidden_states.device):
+                if _fits(stored, hidden_states) and (state.offloads or stored.device == hidden_states.device):
                     return _as_output(attn, hidden_states, stored)
-            output = super(cls, self).__call__(attn, hidden_states, *args, **kwargs)  # type: ignore[misc]  # below
+            output = below.__call__(self, attn, hidden_states, *args, **kwargs)
             _store(state, call, attn, hidden_states, output)
             return output
 
         setattr(cls, "__call__", __call__)  # noqa: B010  # one for each class, since each has a signature of its own
-
-    @property  # type: ignore[misc]  # of object
-    def __class__(self) -> Any:
-        return _class_below(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return ungated(self).__reduce_ex__(protocol)
@@ -101,6 +101,13 @@ def _store(state: LayerState, call: int, attn: Any, hidden_states: torch.Tensor,
     state.new.append((call, output.to("cpu") if state.offloads else output))
 
 
+def _fits(stored: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    """Whether an output has the input's rows and tokens; Lumina's has its channels by heads."""
+    if hidden_states.ndim == 3:
+        return stored.shape[:2] == hidden_states.shape[:2]
+    return stored.shape == hidden_states.shape
+
+
 def _as_output(attn: Any, hidden_states: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     output = stored.to(hidden_states.device)
     if _adds_residual(attn):
@@ -130,8 +137,8 @@ def gated_class(base: type) -> Any:
     known = _GATED.get(base)
     cls = None if known is None else known()
     if cls is None:
-        doc = f"`{base.__name__}`, gated."
-        cls = type(f"TGate{base.__name__}", (GatedProcessor, base), {"__module__": __name__, "__doc__": doc})
+        same = {"__module__": __name__, "__doc__": f"`{base.__name__}`, gated."}
+        cls = disguised(base, f"TGate{base.__name__}", (GatedProcessor, base), same)
         _GATED[base] = weakref.ref(cls)
         carry_signature(cls)
     return cls
@@ -143,12 +150,7 @@ def carry_signature(cls: Any) -> None:
     `Attention.forward` passes on only the keywords that the signature names, and asks for it in every call: a function
     that carries it answers much faster than one that has to be inspected.
     """
-    cls.__call__.__signature__ = inspect.signature(_class_below(cls).__call__)
-
-
-def _class_below(cls: type) -> Any:
-    mro = cls.__mro__
-    return mro[mro.index(GatedProcessor) + 1]
+    cls.__call__.__signature__ = inspect.signature(cls.stands_over.__call__)
 
 
 carry_signature(TGateAttnProcessor2_0)
@@ -169,7 +171,7 @@ def ungated(processor: Any) -> Any:
         return processor
     below = processor.below
     if below is None:  # diffusers made it anew, by its class
-        base = _class_below(type(processor))
+        base = type(processor).stands_over
         below = base.__new__(base)
         object.__setattr__(below, "__dict__", processor.__dict__)
     return below

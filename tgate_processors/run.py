@@ -201,7 +201,7 @@ class Part:
         self._seen: dict[str, Tensor] = {}  # what the watched layers put out last
         self._other_cache = other_cache
         self._stored: dict[tuple[bool, int], Stored] = {}  # of cross-attention or not, in which call for a timestep
-        self._closes_late = False
+        self.closes_late = False
         self._noted_in_step = 0
         self._answer: Any = None  # of a timestep's first call, for those that are left out
 
@@ -246,15 +246,17 @@ class Part:
         run = self.run
         if call.number == 0:
             # A network that was not evaluated in the step that closes the gate closes in the first that it is.
-            self._closes_late = run.closed and (True, 0) not in self._stored
+            self.closes_late = run.closed and (True, 0) not in self._stored
         schedule = run.schedule(bool(call.has_halves))
-        call.mode = schedule[schedule.gate_step - 1 if self._closes_late else run.step]
+        call.mode = schedule[schedule.gate_step - 1 if self.closes_late else run.step]
         if call.mode.phase is Phase.FIDELITY:
             call.folded = bool(call.has_halves)
             call.batch //= 1 + call.folded
             self._fit_to_one_branch(call)
         for is_cross, mode in _kinds(call.mode):
-            if mode is not AttentionMode.REUSE:  # only a store comes right before a reuse: nothing older is read again
+            # Only a store comes right before a reuse, so nothing older is read again, but of layers that DeepCache
+            # skips in the step that stores.
+            if mode is AttentionMode.COMPUTE or (mode.stores and self._other_cache is None):
                 self._stored.pop((is_cross, call.number), None)
 
     def settings(self, call: Call) -> dict[str, Any]:
@@ -308,6 +310,7 @@ class Part:
                 self._seen |= {name: _own(taken.new[name][-1][1]) for name in names}
                 continue
             stored = self._stored.setdefault((is_cross, call.number), Stored({}, call.batch))
+            stored.batch = call.batch
             if mode in (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF):
                 # Of a layer that is called several times nobody knows which rows are which branch's.
                 names = [name for name in names if len(taken.new[name]) == 1]
