@@ -37,6 +37,10 @@ def test_a_python_block_runs(page, block, monkeypatch, tmp_path, capsys):
     hub.connect(monkeypatch)
     pipe = seeded(ENTRIES["StableDiffusionXLPipeline"].build)
     names = {"pipe": pipe, "unet": pipe.unet}
+    if "scheduler.set_timesteps" in block:  # a loop of one's own, with a network that needs nothing but text
+        names["pipe"] = seeded(ENTRIES["StableDiffusionPipeline"].build)
+        embeds = ENTRIES["StableDiffusionPipeline"].call([0])
+        names |= {f"{branch}_embeds": embeds["prompt_embeds"] for branch in ("negative", "positive")}
     exec(block, names)
     if {"image", "frames"} & names.keys():
         assert names["tgate"].summary().gate_closed_at is not None

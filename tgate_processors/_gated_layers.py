@@ -46,9 +46,14 @@ class GatedLayer(Protocol):
 
 
 class GatedLayers:
-    """The gated layers of one network."""
+    """The gated layers of one network.
+
+    Attributes:
+        is_retired: Whether they were taken off the network. Processors that somebody kept only compute then.
+    """
 
     def __init__(self) -> None:
+        self.is_retired = False
         self._cross: dict[str, GatedLayer] = {}
         self._self: dict[str, GatedLayer] = {}
         self._busy: list[tuple[str, LayerState]] = []

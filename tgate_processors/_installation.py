@@ -60,6 +60,7 @@ class Installation:
         self._below.clear()
         self.processors = {}
         self.layers.hold({})
+        self.layers.is_retired = True
         if foreign:
             warnings.warn(
                 f"{len(foreign)} attention processors were replaced while the pipeline was gated and stay as they "
@@ -68,12 +69,8 @@ class Installation:
             )
 
     def _without_gate(self, processor: Any) -> Any:
-        """The processor below, unless it is of another gate; a gated one that somebody kept only computes then."""
-        if not isinstance(processor, GatedProcessor) or _holder_of(processor) not in (None, self.layers):
-            return processor
-        below = ungated(processor)
-        processor.retire()
-        return below
+        """The processor below, unless it is of another gate that is in use."""
+        return ungated(processor) if _holder_of(processor) in (None, self.layers) else processor
 
     def _clean_what_fusing_remembers(self) -> None:
         # `unfuse_qkv_projections` puts back what it found
@@ -87,4 +84,6 @@ def _is_foreign(processor: Any, below: Any) -> bool:
 
 
 def _holder_of(processor: Any) -> GatedLayers | None:
-    return processor.layers if isinstance(processor, GatedProcessor) else None
+    """The gate in use that a processor belongs to; diffusers, or somebody who kept it, may have put in one of none."""
+    layers = processor.layers if isinstance(processor, GatedProcessor) else None
+    return None if layers is None or layers.is_retired else layers

@@ -228,15 +228,29 @@ class Loop:
             last.stop()
             if last.thread != thread:
                 self._overtaken[last.thread] = last.timesteps
+        self._check_can_begin(first)
         run = PipelineRun(self.pipe, self.config, first)
-        for network in self.denoisers:
-            pipelines.check_has_no_cache(network.module, self._family.guidance)
         for network in self.networks:
             network.install(self)
         self.run = run
         if self.config.gate_step != "auto" and run.gate_step >= run.clock.num_steps and not self.reuses_self_attention:
             self._warn_that_it_never_closes(run)
         return run
+
+    def _check_can_begin(self, first: int | None) -> None:
+        name = type(self.pipe).__name__
+        for module in self.replaced_networks():
+            raise StateError(
+                f"`pipe` must have the networks that were gated, got a {name} without the gated "
+                f"{type(module).__name__}. Call `remove()` on the handle, then `apply_tgate` again."
+            )
+        for network in self.denoisers:
+            pipelines.check_has_no_cache(network.module, self._family.guidance)
+        if first is None and not self._takes_callback and not pipelines.is_known(self.pipe):
+            raise UnsupportedPipelineError(
+                f"`pipe` must say which step it is in, got a {name}, which calls no `callback_on_step_end` and "
+                "converts its timesteps before they reach the denoiser. Run it without T-GATE."
+            )
 
     def _warn_that_it_never_closes(self, run: PipelineRun) -> None:
         if self._has_warned:

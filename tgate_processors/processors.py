@@ -29,7 +29,7 @@ class GatedProcessor(metaclass=Disguised):
     Attributes:
         stands_over: The processor class below; looked up in every call, since it may be patched.
         below: The processor that it stands in for; None where diffusers made this one anew, by its class.
-        layers: The gated layers of the network that it belongs to; None once it was taken off.
+        layers: The gated layers that it is one of; None where diffusers made it anew.
         is_cross_attention: Whether its layer attends to the prompt.
         state: What it does in the evaluation that is going on.
     """
@@ -71,11 +71,8 @@ class GatedProcessor(metaclass=Disguised):
         setattr(cls, "__call__", __call__)  # noqa: B010  # one for each class, since each has a signature of its own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return ungated(self).__reduce_ex__(protocol)
-
-    def retire(self) -> None:
-        """Belong to no gate any more: whoever kept it has a processor that only computes."""
-        object.__setattr__(self, "layers", None)
+        below = ungated(self)
+        return object.__new__, (type(below),), *below.__reduce_ex__(2)[2:]
 
     def _gate(self, below: Any, layers: GatedLayers | None, is_cross_attention: bool) -> None:
         # Past `torch.nn.Module.__setattr__`, where the class below is a module.
