@@ -92,6 +92,16 @@ def test_what_decides_is_the_mean_over_layers():
     assert not has_converged([[0.0, 0.21], [0.0, 0.21]], 10, 0.1)
 
 
+def test_what_is_not_a_number_never_converges():
+    nan = float("nan")
+    assert not has_converged([[0.01, 0.01], [nan, 0.01]], 10, 0.1)
+    assert not has_converged([[nan, 0.01], [0.01, 0.01]], 10, 0.1)
+    watch = Watch(25)
+    for value in (1.0, nan, nan, 1.0):
+        watch.look([torch.full((1, 2), value)], 1)
+    assert [change != change for [change] in watch.changes] == [True, True, True]
+
+
 def test_watched_layers_are_spread():
     assert watched_layers(7) == [0, 2, 4, 6]
     assert watched_layers(70) == [8, 26, 43, 61]

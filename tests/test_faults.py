@@ -1,5 +1,6 @@
 """What people really do around a gated pipeline: each picture is right, or a sentence says what to do."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -27,6 +28,7 @@ from tgate_processors import (
     StateError,
     TGateConfig,
     TgateSDLoader,
+    UnsupportedPipelineError,
     apply_tgate,
     gated_processors,
     ungated_processors,
@@ -229,7 +231,7 @@ def in_windows(pipe, dim):
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_layer_that_is_called_several_times_in_a_step(dim, guidance_scale):
-    """Each of its calls reuses its own output. Whose halves a part has nobody can tell: the next step computes anew."""
+    """Each of its calls reuses its own output. Whose halves a part has nobody knows: the next step computes anew."""
 
     def run(pictures):
         kwargs = call(pictures=pictures, guidance_scale=guidance_scale, num_inference_steps=6)
@@ -362,10 +364,8 @@ def test_five_hundred_runs_with_failures_do_not_grow():
         for number in range(count):
             fail = raising(number % 5)
             tgate.callback_on_step_end = lambda pipe, step, timestep, kw, fail=fail: fail() or kw
-            try:
+            with contextlib.suppress(Stop):
                 pipe(**call(num_inference_steps=3), callback_on_step_end=tgate)
-            except Stop:
-                pass
 
     runs(10)
     gc.collect()
@@ -985,6 +985,114 @@ def test_a_loop_that_is_not_known_and_does_not_call_its_callback():
         pytest.raises(StateError, match="it was not called after 5 evaluations"),
     ):
         converting(*arguments)
+
+
+class Reference(diffusers.StableDiffusionPipeline):
+    """A loop of somebody's own over a known class: it evaluates a reference, then both branches."""
+
+    @torch.no_grad()
+    def __call__(self, latents, prompt_embeds, negative_prompt_embeds, reference, callback_on_step_end=None):
+        self._guidance_scale, self._interrupt = 5.0, False
+        self.scheduler.set_timesteps(6)
+        text = torch.cat([negative_prompt_embeds, prompt_embeds])
+        for i, t in enumerate(self.scheduler.timesteps):
+            shift = self.unet(reference, t, encoder_hidden_states=text).sample.mean()
+            both = self.unet(torch.cat([latents, latents]), t, encoder_hidden_states=text).sample
+            negative, positive = both.chunk(2)
+            latents = self.scheduler.step(negative + 5 * (positive - negative) + shift, t, latents).prev_sample
+            if callback_on_step_end:
+                callback_on_step_end(self, i, t, {"latents": latents})
+        return (latents,)
+
+
+@pytest.mark.parametrize("handle", [False, True])
+def test_a_loop_of_ones_own_over_a_known_class_that_evaluates_twice_in_a_step(handle):
+    """The reference's batch of two pictures is not two halves. Both evaluations reuse what they stored."""
+    parts = build().components
+    pipe = Reference(**parts, requires_safety_checker=False)
+    kwargs = {n: call()[n] for n in ("latents", "prompt_embeds", "negative_prompt_embeds")}
+    kwargs |= {"reference": of_pictures([5, 6], 4, 8, 8)}
+    stock = pipe(**kwargs)[0]
+
+    def run(config):
+        with apply_tgate(pipe, config) as tgate:
+            return pipe(**kwargs, callback_on_step_end=tgate if handle else None)[0], tgate.summary()
+
+    assert torch.equal(run(TGateConfig(gate_step=6))[0], stock)
+    for gate_step in (1, 2):
+        latents, summary = run(TGateConfig(gate_step=gate_step))
+        assert summary.batches == (2,) * 12
+        assert summary.cost.cross_reused == 2 * (6 - gate_step) * len(cross_attention_layers(pipe.unet))
+        assert not torch.equal(latents, stock)
+
+
+def modular_sdxl():
+    from diffusers import SequentialPipelineBlocks
+    from diffusers.modular_pipelines.stable_diffusion_xl import before_denoise, denoise
+
+    class Blocks(SequentialPipelineBlocks):
+        block_classes = (
+            before_denoise.StableDiffusionXLInputStep,
+            before_denoise.StableDiffusionXLSetTimestepsStep,
+            before_denoise.StableDiffusionXLPrepareLatentsStep,
+            before_denoise.StableDiffusionXLPrepareAdditionalConditioningStep,
+            denoise.StableDiffusionXLDenoiseStep,
+        )
+        block_names = ("input", "timesteps", "latents", "conditioning", "denoise")
+
+    pipe, parts = Blocks().init_pipeline(), build(SDXL)
+    pipe.update_components(unet=parts.unet, vae=parts.vae, scheduler=parts.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore:ModularPipeline is not among the pipelines")
+@pytest.mark.filterwarnings("ignore:StableDiffusionXLModularPipeline is not among the pipelines")
+@pytest.mark.parametrize("pictures", [[0], [0, 1]])
+def test_a_modular_pipeline(pictures):
+    """Its guider calls for each branch: cross-attention is reused in each, and guidance is the guider's."""
+    pipe, kwargs = modular_sdxl(), call(SDXL, pictures=pictures)
+    names = ("height", "latents", "width")
+    given = {name: value for name, value in kwargs.items() if name in names or name.endswith("embeds")}
+
+    def run():
+        return pipe(**given, num_inference_steps=6, output="latents")
+
+    stock = run()
+    with apply_tgate(pipe, TGateConfig(gate_step=6)):
+        assert torch.equal(run(), stock)
+    with apply_tgate(pipe, CONFIG) as tgate:
+        latents = run()
+        summary = tgate.summary()
+    assert not torch.equal(latents, stock)
+    assert summary.batches == (len(pictures),) * 12
+    assert summary.cost.cross_computed * 2 == summary.cost.cross_reused
+    assert torch.equal(run(), stock)
+
+
+class Silent(diffusers.DiffusionPipeline):
+    """A loop that nobody knows, which converts its timesteps and calls no callback."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def __call__(self, latents, text):
+        self.scheduler.set_timesteps(4)
+        for t in self.scheduler.timesteps:
+            self.transformer(latents, timestep=t.expand(1).clone(), encoder_hidden_states=text)
+
+
+@pytest.mark.filterwarnings("ignore:Silent is not among the pipelines")
+def test_a_loop_whose_step_nobody_can_tell_is_refused():
+    wan, kwargs = build(WAN), call(WAN)
+    pipe = Silent(wan.transformer, wan.scheduler)
+    with (
+        apply_tgate(pipe, CONFIG),
+        pytest.raises(UnsupportedPipelineError, match="must say which step it is in, got a Silent, which calls no"),
+    ):
+        pipe(kwargs["latents"], kwargs["prompt_embeds"])
+    pipe(kwargs["latents"], kwargs["prompt_embeds"])
 
 
 # Caches of others

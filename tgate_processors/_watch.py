@@ -37,9 +37,9 @@ def last_changes(changes: Sequence[Sequence[float]], num_steps: int) -> list[flo
 
 
 def has_converged(changes: Sequence[Sequence[float]], num_steps: int, tolerance: float) -> bool:
-    """Whether the last changes all stayed under the tolerance."""
+    """Whether the last changes all stayed under the tolerance; what is not a number does not."""
     last = last_changes(changes, num_steps)
-    return bool(last) and max(last) < tolerance
+    return bool(last) and all(change < tolerance for change in last)
 
 
 class Watch:
@@ -83,4 +83,4 @@ def _relative_change(now: Tensor, before: Tensor, batch: int) -> Tensor:
     now, before = now.reshape(batch, -1), before.reshape(batch, -1)
     change = torch.linalg.vector_norm(now - before, dim=1, dtype=torch.float32)
     size = torch.linalg.vector_norm(before, dim=1, dtype=torch.float32)
-    return torch.nan_to_num(change / size, nan=0.0)  # nothing that stays nothing
+    return torch.where((change == 0) & (size == 0), 0.0, change / size)  # nothing that stays nothing has not changed

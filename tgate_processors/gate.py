@@ -82,7 +82,7 @@ class LoopRun(Run):
 
     Attributes:
         step: The step that it is in, 0-based.
-        closed: Whether one branch is denoised in this step, without its cross-attention.
+        closed: Whether it is in its fidelity-improving phase.
         gate_step: The first step after the gate, as far as it is known.
         cache_bytes: Bytes of attention output kept now.
     """

@@ -147,7 +147,9 @@ def carry_signature(cls: Any) -> None:
     `Attention.forward` passes on only the keywords that the signature names, and asks for it in every call: a function
     that carries it answers much faster than one that has to be inspected.
     """
-    cls.__call__.__signature__ = inspect.signature(cls.stands_over.__call__)
+    signature = inspect.signature(cls.stands_over.__call__)
+    if getattr(cls.__call__, "__signature__", None) != signature:
+        cls.__call__.__signature__ = signature
 
 
 carry_signature(TGateAttnProcessor2_0)
