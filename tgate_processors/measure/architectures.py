@@ -92,6 +92,17 @@ _SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+# SDXL's number of layers, with hardly any arithmetic: what is timed is Python, for which a fast card waits
+_PYTHON = {
+    "sample_size": 8,
+    "block_out_channels": [8, 8, 8],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": 1,
+    "cross_attention_dim": 8,
+    "norm_num_groups": 4,
+}
 _PIXART = {
     "sample_size": 128,
     "num_layers": 28,
@@ -108,6 +119,7 @@ ARCHITECTURES = {
     "lcm-sdxl": Architecture(_UNET, _SDXL | {"time_cond_proj_dim": 256}, 1024, 1024, guidance=False, steps=4),
     "pixart-alpha": Architecture(_PIXART_CLASS, _PIXART, 1024, 1024, tokens=120),
     "lcm-pixart": Architecture(_PIXART_CLASS, _PIXART, 1024, 1024, tokens=120, guidance=False, steps=4),
+    "python": Architecture(_UNET, _PYTHON, 64, 64, tokens=8),
     "pixart-sigma": Architecture(
         _PIXART_CLASS, _PIXART | {"use_additional_conditions": False}, 1024, 1024, tokens=300
     ),

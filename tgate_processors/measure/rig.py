@@ -126,6 +126,8 @@ def reduced(known: Architecture, divisor: int) -> Architecture:
         ConfigError: `divisor` is no whole number of at least 1, or the architecture's width is no multiple of it.
     """
     require_whole("reduce", divisor, least=1)
+    if divisor == 1:
+        return known
     config = dict(known.config)
     if known.denoiser == "PixArtTransformer2DModel":
         heads = config.get("num_attention_heads", 16)
