@@ -19,6 +19,7 @@ ORDER = [
     "_gated_layers",
     "_guidance",
     "_record",
+    "_store",
     "run",
     "gate",
     "_layers",

@@ -106,7 +106,7 @@ class GatedLayers:
 
     def take_out(self) -> "Taken":
         """End the evaluation: every layer only computes. Gives what they have stored."""
-        taken = Taken()
+        taken = Taken(self._cross.keys())
         for name, state in self._busy:
             taken.add(name, state)
             state.rest()
@@ -132,9 +132,11 @@ class Taken:
     Attributes:
         new: Their outputs by the number of the call.
         missed: Layers that computed, though they were asked to reuse what did not fit.
+        cross_attention: The names of the cross-attention layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cross_attention: Collection[str]) -> None:
+        self.cross_attention = cross_attention
         self.new: dict[str, list[tuple[int, Tensor]]] = {}
         self.missed: list[str] = []
 

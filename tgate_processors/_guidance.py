@@ -58,20 +58,20 @@ class Whole:
         """The branch that goes on, of a batch of two halves."""
         return take_half(inputs, sample_of(inputs).shape[0], first=self.keeps_first_half)
 
-    def unfold(self, output: Any, paper_steps: float) -> Any:
-        """Both halves of the output, `paper_steps` twenty-fifths of the run after guidance was noted."""
+    def unfold(self, output: Any, time: float) -> Any:
+        """Both halves of an output of one; `time` is in twenty-fifths of the run."""
         return output
 
-    def note(self, output: Any) -> None:
+    def note(self, output: Any, time: float) -> None:
         """Keep the guidance in the output of both halves."""
 
     def reduce(self, output: torch.Tensor) -> torch.Tensor:
         """What is kept of a layer's output that was stored before anybody knew of its halves."""
         return output
 
-    def merge(self, calls: list[Outputs]) -> list[Outputs]:
-        """What is reused after the gate, of what each call of the step before it stored."""
-        return calls
+    def merge(self, calls: list[Outputs]) -> Outputs:
+        """What the one call that is not left out reuses, of what each call of the step before the gate stored."""
+        return calls[0]
 
 
 class Halves(Whole):
@@ -92,6 +92,7 @@ class Halves(Whole):
         self._is_tried = is_tried
         self._seen: dict[int, bool] = {}  # by batch: whether the halves of the sample were equal
         self._kept: list[torch.Tensor] = []
+        self._noted = 0.0  # when
 
     def has_halves(self, inputs: Inputs, does_guidance: bool | None, *, step: int, calls: int) -> bool | None:
         sample = sample_of(inputs)
@@ -113,16 +114,16 @@ class Halves(Whole):
             self._seen[batch] = halves_are_equal(sample)
         return self._seen[batch]
 
-    def unfold(self, output: Any, paper_steps: float) -> Any:
+    def unfold(self, output: Any, time: float) -> Any:
         shapes = [tensor.shape for tensor in tensors_in(output)]
         if shapes != [kept.shape for kept in self._kept]:
             return double(output)  # nothing is kept, or it is of another size
-        fades = FADING**paper_steps
+        fades = FADING ** (time - self._noted)
         return with_difference(output, [fades * kept for kept in self._kept], first=self.keeps_first_half)
 
-    def note(self, output: Any) -> None:
+    def note(self, output: Any, time: float) -> None:
         if self._keeps_guidance and all(tensor.shape[0] % 2 == 0 for tensor in tensors_in(output)):
-            self._kept = difference_of_halves(output, first=self.keeps_first_half)
+            self._kept, self._noted = difference_of_halves(output, first=self.keeps_first_half), time
 
     def reduce(self, output: torch.Tensor) -> torch.Tensor:
         if output.shape[0] % 2:
@@ -139,8 +140,8 @@ class Calls(Whole):
     def leaves_out(self, call: int) -> bool:
         return call > 0
 
-    def merge(self, calls: list[Outputs]) -> list[Outputs]:
-        return [{name: _mean([outputs[name] for outputs in calls if name in outputs]) for name in calls[0]}]
+    def merge(self, calls: list[Outputs]) -> Outputs:
+        return {name: _mean([outputs[name] for outputs in calls if name in outputs]) for name in calls[0]}
 
 
 def _mean(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:

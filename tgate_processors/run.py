@@ -7,10 +7,11 @@ from torch import Tensor
 
 from tgate_processors._clock import StepClock
 from tgate_processors._folding import Inputs, sample_of
-from tgate_processors._gated_layers import GatedLayers, Outputs, Taken
+from tgate_processors._gated_layers import GatedLayers, Taken
 from tgate_processors._guidance import Whole
 from tgate_processors._modes import AttentionMode, Phase, StepMode
 from tgate_processors._record import Evaluation, Record
+from tgate_processors._store import Store, own
 from tgate_processors._watch import Watch, has_converged, to_paper_steps
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, Schedule, TGateConfig
 
@@ -149,20 +150,6 @@ class Call:
         self.folded = False
 
 
-class Stored:
-    """What the layers of one kind stored in an evaluation: their outputs, and the batch that these are of."""
-
-    def __init__(self, outputs: Outputs, batch: int) -> None:
-        self.outputs = outputs
-        self.batch = batch
-
-    def reduce(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
-        """Keep of the outputs of a whole batch what an evaluation of `batch` can reuse."""
-        if self.batch == 2 * batch:
-            self.outputs = {name: list(map(change, outputs)) for name, outputs in self.outputs.items()}
-            self.batch = batch
-
-
 class Part:
     """What a run keeps of one network: stored outputs, kept guidance, the record.
 
@@ -200,17 +187,14 @@ class Part:
         self._decides = decides
         self._seen: dict[str, Tensor] = {}  # what the watched layers put out last
         self._other_cache = other_cache
-        self._stored: dict[tuple[bool, int], Stored] = {}  # of cross-attention or not, in which call for a timestep
+        self._store = Store()
         self.closes_late = False
-        self._noted_in_step = 0
         self._answer: Any = None  # of a timestep's first call, for those that are left out
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of attention output kept now."""
-        kept = {id(t): t.nbytes for stored in self._stored.values() for ts in stored.outputs.values() for t in ts}
-        kept |= {id(t): t.nbytes for t in self._seen.values()}
-        return sum(kept.values())
+        return sum({id(tensor): tensor.nbytes for tensor in (*self._store.tensors, *self._seen.values())}.values())
 
     @property
     def leaves_out_guidance(self) -> bool:
@@ -246,28 +230,20 @@ class Part:
         run = self.run
         if call.number == 0:
             # A network that was not evaluated in the step that closes the gate closes in the first that it is.
-            self.closes_late = run.closed and (True, 0) not in self._stored
+            self.closes_late = run.closed and not self._store.has_cross_attention
         schedule = run.schedule(bool(call.has_halves))
         call.mode = schedule[schedule.gate_step - 1 if self.closes_late else run.step]
         if call.mode.phase is Phase.FIDELITY:
             call.folded = bool(call.has_halves)
             call.batch //= 1 + call.folded
-            self._fit_to_one_branch(call)
-        for is_cross, mode in _kinds(call.mode):
-            # Only a store comes right before a reuse, so nothing older is read again, but of layers that DeepCache
-            # skips in the step that stores.
-            if mode is AttentionMode.COMPUTE or (mode.stores and self._other_cache is None):
-                self._stored.pop((is_cross, call.number), None)
+            self._store.fit(call.number, call.batch, self.strategy, is_folded=call.folded)
+        self._store.drop(call.number, call.mode, keeps_skipped=self._other_cache is not None)
 
     def settings(self, call: Call) -> dict[str, Any]:
         """What `GatedLayers.put_in` is called with for a call."""
-        outputs: Outputs = {}
-        for is_cross, mode in _kinds(call.mode):
-            if mode is AttentionMode.REUSE and (is_cross, call.number) in self._stored:
-                outputs |= self._stored[is_cross, call.number].outputs
         return {
             "mode": call.mode,
-            "stored": outputs,
+            "stored": self._store.offer(call.number, call.mode),
             "keeps_first_half": self.strategy.keeps_first_half,
             "offloads": self.run.config.offload_cache,
             "watched": self._watched,
@@ -291,32 +267,21 @@ class Part:
         return output
 
     def guided_output(self, call: Call, output: Any) -> Any:
-        """The output of all that was given, of what was computed; takes note of its guidance where all was."""
+        """The output of all that was given, of what was computed; its guidance is noted where all was."""
+        time = self.run.step / to_paper_steps(self.run.clock.num_steps)
         if call.folded:
-            since = (self.run.step - self._noted_in_step) / to_paper_steps(self.run.clock.num_steps)
-            return self.strategy.unfold(output, since)
+            return self.strategy.unfold(output, time)
         if call.mode.cross_attention.stores and call.has_halves is not False:
-            self.strategy.note(output)
-            self._noted_in_step = self.run.step
+            self.strategy.note(output, time)
         return output
 
     def keep(self, call: Call, taken: Taken) -> None:
-        """Keep what the layers have stored."""
+        """Keep what the layers have stored, or were watched to put out."""
         if self.run.is_over or not taken.new:
             return
-        for is_cross, mode in _kinds(call.mode):
-            names = [name for name in taken.new if (name in self.layers.cross_attention) is is_cross]
-            if mode is AttentionMode.COMPUTE:
-                self._seen |= {name: _own(taken.new[name][-1][1]) for name in names}
-                continue
-            stored = self._stored.setdefault((is_cross, call.number), Stored({}, call.batch))
-            stored.batch = call.batch
-            if mode in (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF):
-                # Of a layer that is called several times nobody knows which rows are which branch's.
-                names = [name for name in names if len(taken.new[name]) == 1]
-                stored.batch = call.batch // 2
-            for name in names:
-                stored.outputs[name] = _updated(stored.outputs.get(name, []), taken.new[name])
+        if call.mode.cross_attention is AttentionMode.COMPUTE:
+            self._seen |= {name: own(new[-1][1]) for name, new in taken.new.items() if name in self._watched}
+        self._store.keep(call.number, call.mode, call.batch, taken)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
 
     def begin_position(self) -> None:
@@ -343,41 +308,8 @@ class Part:
     def let_go(self) -> None:
         """Let all go that is kept for later evaluations, guidance with its strategy."""
         self.end_watching()
-        self._stored.clear()
+        self._store.clear()
         self._answer = None
         self.strategy = Whole()
         if self._other_cache is not None:
             self._other_cache.forget()
-
-    def _fit_to_one_branch(self, call: Call) -> None:
-        for is_cross in (True, False):
-            of_calls = [number for kind, number in self._stored if kind is is_cross]
-            if len(of_calls) > 1:
-                merged = self.strategy.merge([self._stored[is_cross, number].outputs for number in sorted(of_calls)])
-                if len(merged) == 1:
-                    self._stored[is_cross, 0].outputs = merged[0]
-                    for number in of_calls:
-                        if number:
-                            del self._stored[is_cross, number]
-            if call.folded and (is_cross, call.number) in self._stored:
-                self._stored[is_cross, call.number].reduce(call.batch, self.strategy.reduce)
-
-
-def _kinds(mode: StepMode) -> tuple[tuple[bool, AttentionMode], tuple[bool, AttentionMode]]:
-    return (True, mode.cross_attention), (False, mode.self_attention)
-
-
-def _own(output: Tensor) -> Tensor:
-    """A copy: a CUDA graph writes its next replay's outputs over those of the last, and half a tensor keeps it all."""
-    return output.clone()
-
-
-def _updated(stored: list[Tensor], new: list[tuple[int, Tensor]]) -> list[Tensor]:
-    updated = list(stored)
-    for call, output in new:
-        if call < len(updated):
-            updated[call] = _own(output)
-        elif call == len(updated):
-            updated.append(_own(output))
-        # else an earlier call kept nothing, and this one would be taken for it
-    return updated
