@@ -3,8 +3,10 @@
 import diffusers
 import pytest
 import torch
+import zoo_transformers  # noqa: F401  # registers its pipelines
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from tiny import FAMILIES, TEXT_TO_IMAGE, Observed, live_bytes, tiny, widen
+from zoo import ENTRIES, seeded
 
 from tgate_processors import StateError, TGateConfig, apply_tgate
 
@@ -305,3 +307,13 @@ def test_a_run_keeps_no_tensor_alive(family):
     before = live_bytes()
     subject(tgate)
     assert live_bytes() == before
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_run_of_calls_for_each_branch_is_over_with_its_last_one(guidance_scale):
+    """Also where no callback says so."""
+    pipe = seeded(ENTRIES["WanPipeline"].build)
+    with apply_tgate(pipe, TGateConfig(gate_step=2)) as tgate:
+        pipe(**ENTRIES["WanPipeline"].call([0]) | {"guidance_scale": guidance_scale})
+        assert tgate.gate.is_over
+        assert tgate.gate.cache_bytes == 0

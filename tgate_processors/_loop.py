@@ -186,10 +186,8 @@ class Loop:
         part = run.parts[network.layers]
         if run.closed and run.clock.num_steps <= FEW_STEPS and not part.leaves_out_guidance:
             _say_that_few_steps_gain_little()
-        most = self._most_calls(run, part) or part.most_calls
-        if (not run.is_seen and not self._takes_callback) or (
-            part.calls >= most and run.position + 1 == run.clock.num_evaluations and run.position
-        ):
+        is_last = 0 < run.position == run.clock.num_evaluations - 1 and part.calls == part.most_calls
+        if is_last or not (run.is_seen or self._takes_callback):
             run.move_to(run.position + 1)
 
     def end_step(self, step_index: int, timestep: Any) -> None:
