@@ -168,7 +168,7 @@ def test_bad_arguments(call, message):
 
 def test_an_unknown_architecture_lists_the_known_ones(capsys):
     assert main(["bench", "--model", "sd-9"]) == 2
-    assert "`model` must be one of sd-1.5, sd-2.1, sdxl" in capsys.readouterr().err
+    assert "`--model` must be one of sd-1.5, sd-2.1, sdxl" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,14 +1,17 @@
 """The command as a whole: its help, its exit codes, and Ctrl-C, after which what was done is there."""
 
+import errno
 import json
 import pkgutil
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 import tgate_processors
+from tgate_processors import ConfigError, cli
 from tgate_processors.cli import main
 from tgate_processors.measure.convergence import Convergence
 
@@ -138,3 +141,189 @@ def test_no_colours(monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["cost"]) == 0
     assert not re.search("\x1b\\[[0-9;]*m", capsys.readouterr().out)
+
+
+# Before the work
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Work that would be lost is not begun."""
+
+    def begun(*args, **kwargs):
+        pytest.fail("the work has begun")
+
+    for name in ("_pipeline_of", "load_demo_pipeline", "bench"):
+        monkeypatch.setattr(f"tgate_processors.cli.commands.{name}", begun)
+
+
+def said_at_once(arguments, capsys, code=2):
+    """The one line of a command that fails before its work."""
+    assert main(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tgate-processors {arguments[0]}: ")
+    return line
+
+
+FILES = [
+    ("demo", "--out", "x.png"),
+    ("bench", "--plot", "x.png"),
+    ("calibrate", "--plot", "x.svg"),
+    ("calibrate", "--out", "x.safetensors"),
+    ("quality", "--plot", "x.pdf"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "name"), FILES)
+def test_a_file_that_cannot_be_written_is_said_before_the_work(command, option, name, tmp_path, capsys, no_work):
+    (tmp_path / "file").write_text("")
+    (tmp_path / name).mkdir()
+    for path, reason in (
+        (tmp_path / "nowhere" / name, "No such file or directory"),
+        (tmp_path / "file" / name, "Not a directory"),
+        (tmp_path / name, "Is a directory"),
+        (tmp_path / f"{'n' * 300}{name}", "File name too long"),
+    ):
+        said = said_at_once([command, option, str(path)], capsys)
+        assert (
+            f"`{option}` must be a place that can be written to, got {str(path)!r}: {reason}. Choose another" in said
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", name]
+
+
+@pytest.mark.parametrize("suffix", ["", ".foo", ".txt", ".psd"])
+@pytest.mark.parametrize(("command", "option"), [entry[:2] for entry in FILES if entry[2] != "x.safetensors"])
+def test_a_format_that_nothing_writes_is_said_before_the_work(command, option, suffix, tmp_path, capsys, no_work):
+    path = tmp_path / f"x{suffix}"
+    said = said_at_once([command, option, str(path)], capsys)
+    assert f"`{option}` must end in the suffix of a format that can be written here, got {str(path)!r}. Pass" in said
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("command", "option", "name"), FILES)
+def test_trying_a_file_leaves_nothing_behind(command, option, name, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise ConfigError("as work does")
+
+    for work in ("_pipeline_of", "load_demo_pipeline", "bench"):
+        monkeypatch.setattr(f"tgate_processors.cli.commands.{work}", fails)
+    there = tmp_path / f"there-{name}"
+    there.write_text("precious")
+    for path in (there, tmp_path / name):
+        assert said_at_once([command, option, str(path)], capsys).endswith("as work does")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_plot_without_what_plots_is_said_before_the_work(tmp_path, monkeypatch, capsys, no_work):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = said_at_once(["quality", "--plot", str(tmp_path / "x.png")], capsys, code=1)
+    assert "pip install 'tgate-processors[plot]'" in said
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cpu:x", "meta", "vulkan", "cuda:99"])
+@pytest.mark.parametrize("command", ["generate", "bench", "calibrate", "quality"])
+def test_an_unknown_device(command, device, tmp_path, monkeypatch, capsys, no_work):
+    monkeypatch.chdir(tmp_path)
+    prompt = ["a circle"] if command == "generate" else []
+    said = said_at_once([command, *prompt, "--device", device], capsys)
+    assert f"`--device` must be a device of this machine, such as cpu, got {device!r}. Leave it out" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cost", "--gate-step", "0"], "`--gate-step` must be .* for example `--gate-step=10`, or `--gate-step=0.4`"),
+        (["cost", "--gate-step", "auto"], "`--gate-step` must be a count .* Pass for example `--gate-step=0.4`"),
+        (["cost", "--look-interval", "1"], "`--look-interval` must be .* for example `--look-interval=2`"),
+        (["cost", "--cache-interval", "0"], "`--cache-interval` must be a whole number"),
+        (["cost", "--model", "sd-9"], "`--model` must be one of sd-1.5, "),
+        (["bench", "--steps", "3", "--gate-step", "3"], "`--gate-step` must be below the number of steps"),
+        (["calibrate", "--steps", "4"], "`--steps` must be a whole number of at least 5, got 4"),
+        (["calibrate", "--tolerance", "2"], "`--tolerance` must be a number between 0 and 1, got 2.0"),
+        (["calibrate", "--seed", str(2**63)], f"`--seed` must be a whole number of 64 bits, got {2**63}"),
+        (["calibrate", "--model", "x"], "`PROMPT` must be given, or `--prompts FILE`, got neither"),
+        (["quality", "--model", "x"], "`PROMPT` must be given, or `--prompts FILE`, got neither"),
+        (["quality", "--steps", "4"], "`--steps` must be a whole number of at least 5, got 4"),
+        (["demo", "a red fox"], "`PROMPT` must use this world's words only, got the unknown 'fox'"),
+    ],
+)
+def test_messages_name_options(arguments, message, capsys):
+    assert re.search(message, said_at_once(arguments, capsys))
+
+
+def test_a_message_of_python_is_told_in_options():
+    options = cli.options.parser().parse_args(["generate", "x"])
+    for said, expected in (
+        ("`pipe` must be one, got `scheduler`", "`--model` must be one, got `scheduler`"),
+        ('with `gate_step="auto"`, got 4 gate_step', 'with `--gate-step="auto"`, got 4 gate_step'),
+        ("pass `trust_remote_code=True`", "pass `--trust-remote-code`"),
+        ("Call `TGateConfig(gate_step=10)`", "Call `TGateConfig(gate_step=10)`"),
+        ("`height` must be even", "`height` must be even"),
+    ):
+        assert cli.options._in_options(said, options) == expected
+
+
+# After the work
+
+
+def test_what_was_measured_is_printed_where_its_file_fails(tmp_path, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    path = str(tmp_path / "c.safetensors")
+    assert main(["calibrate", "--count", "1", "--steps", "5", "--out", path]) == 1
+    said = capsys.readouterr()
+    assert "change of cross-attention since the step before" in said.out
+    assert said.err.endswith(
+        f"`--out` must be a place that can be written to, got {path!r}: No space left on device. "
+        "Choose another, or make room there.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed", "saves"),
+    [
+        (["demo", "--count", "1", "--steps", "2", "--rounds", "1", "--out"], "2 steps", "PIL.Image.Image.save"),
+        (["calibrate", "--count", "1", "--steps", "5", "--plot"], "gate step", "matplotlib.figure.Figure.savefig"),
+    ],
+)
+def test_what_was_measured_is_printed_where_its_picture_fails(
+    arguments, printed, saves, tmp_path, monkeypatch, capsys
+):
+    save = pkgutil.resolve_name(saves)
+
+    def full(self, file, *args, **kwargs):
+        if isinstance(file, Path):  # and no trial
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, file, *args, **kwargs)
+
+    monkeypatch.setattr(saves, full)
+    path = str(tmp_path / "x.png")
+    assert main([*arguments, path]) == 1
+    said = capsys.readouterr()
+    assert printed in said.out
+    assert f"`{arguments[-1]}` must be a place that can be written to, got {path!r}: No space left" in said.err
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_while_what_the_command_needs_is_imported(monkeypatch, capsys):
+    class Interrupts:
+        def find_spec(self, name, path=None, target=None):
+            if name == "tgate_processors.cli.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "tgate_processors.cli.commands", raising=False)
+    monkeypatch.delattr(cli, "commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "tgate-processors demo: interrupted\n"
+
+
+def test_ctrl_c_while_options_are_read(monkeypatch, capsys):
+    presses_ctrl_c(monkeypatch, "tgate_processors.cli.options.metadata.version", after=0)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "tgate-processors: interrupted\n"

@@ -1,10 +1,15 @@
 """Measuring convergence: what is measured, what it suggests, and that a run decides as it says."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import fingerprint, left_behind, seeded, tiny
 from torch.nn import functional
 
@@ -146,9 +151,9 @@ def test_calibrate_says_where_nothing_converges(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tolerance", "1"], "`tolerance` must be a number between 0 and 1, got 1.0"),
-        (["--steps", "4"], '`num_inference_steps` must be at least 5 with `gate_step="auto"`, got 4'),
-        (["--count", "0"], "`count` must be a whole number of at least 1, got 0"),
+        (["--tolerance", "1"], "`--tolerance` must be a number between 0 and 1, got 1.0"),
+        (["--steps", "4"], "`--steps` must be a whole number of at least 5, got 4"),
+        (["--count", "0"], "`--count` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -171,11 +176,186 @@ def test_what_cannot_be_measured():
         measure_convergence(subject.pipe, ["a cat"], num_inference_steps=6)
 
 
-def test_a_file_of_something_else(tmp_path):
-    from safetensors.torch import save_file
+# Files
 
-    with pytest.raises(ConfigError, match=r"`path` must be a file that `save` wrote, got .*no file"):
-        Convergence.load(tmp_path / "none")
-    save_file({"x": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"`path` must be a file that `save` wrote, got .* of something else"):
-        Convergence.load(tmp_path / "other")
+
+SAVED = Convergence(
+    torch.tensor([[[0.5, 0.25], [0.0, 0.125]]]),
+    ("attn2", "mid.attn2"),
+    {"pipeline": "P", "scheduler": "S", "num_inference_steps": 3, "seed": 0, "prompts": ["x"]},
+)
+
+
+def refused(path):
+    """What is said of a file that `save` did not write."""
+    with pytest.raises(ConfigError, match=f"`path` must be a file that `save` wrote, got {str(path)!r}") as error:
+        Convergence.load(path)
+    return str(error.value)
+
+
+def test_no_file(tmp_path):
+    assert "no file. Pass one." in refused(tmp_path / "none")
+    assert "no file. Pass one." in refused(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_the_systems_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        SAVED.save(tmp_path / "nowhere" / "x")
+
+
+def test_a_cut_off_file(tmp_path):
+    path = tmp_path / "x"
+    SAVED.save(path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refused(path)
+    path.write_bytes(whole + b"more")
+    refused(path)
+
+
+@given(st.binary(max_size=99))
+def test_arbitrary_bytes(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        for written in (data, len(data).to_bytes(8, "little") + data):
+            path.write_bytes(written)
+            refused(path)
+
+
+RIGHT = {"layers": json.dumps(SAVED.layers), "settings": json.dumps(SAVED.settings)}
+
+
+def read(path):
+    """What is loaded, of which all can be read that others read; None where it is refused."""
+    try:
+        loaded = Convergence.load(path)
+    except ConfigError:
+        return None
+    settings = loaded.settings
+    assert loaded.changes.shape == (len(settings["prompts"]), loaded.num_inference_steps - 1, len(loaded.layers))
+    assert len(loaded.gate_steps(0.1)) == len(settings["prompts"])
+    assert all(isinstance(name, str) for name in (*loaded.layers, *settings["prompts"]))
+    assert isinstance(settings["pipeline"] + settings["scheduler"], str)
+    assert settings["num_inference_steps"] >= 1
+    return loaded
+
+
+def write_header(path, header, data=b""):
+    written = json.dumps(header).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + data)
+
+
+SIZES = st.lists(st.sampled_from([0, 1, 2, 2**31, 2**63, 2**64 - 1, 2**64, -1, 0.5]), max_size=4)
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F64", "F32", "F16", "F8_E5M2", "F6_E2M3", "F4", "U64", "BOOL", "C64", "X"]),
+        "shape": SIZES | st.sampled_from([[1, 1, 2], [1, 2, 1], [2, 1, 1], [0, 2**63], [6]]),
+        "data_offsets": st.sampled_from([[0, 0], [0, 8], [0, 4], [0, 2], [0, 1], [8, 0], [0, 99], None]),
+    }
+)
+
+
+@given(TENSOR, st.binary(min_size=8, max_size=8))
+@example({"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}, b"")
+@example({"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}, b"123")
+@example({"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}, b"1")
+def test_arbitrary_tensors(tensor, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        ends = tensor["data_offsets"] or [0, 0]
+        write_header(path, {"changes": tensor, "__metadata__": RIGHT}, data[: ends[1]])
+        assert read(path) is None or (tensor["dtype"], tensor["shape"]) == ("F32", [1, 1, 2])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+CHANGED = st.dictionaries(st.sampled_from(list(SAVED.settings)), VALUES)
+METADATA = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "layers": st.just(RIGHT["layers"]) | VALUES.map(json.dumps) | st.text(max_size=9),
+        "settings": CHANGED.map(lambda changed: json.dumps(SAVED.settings | changed))
+        | VALUES.map(json.dumps)
+        | st.text(max_size=9),
+        "more": st.text(max_size=3),
+    },
+)
+
+
+@given(METADATA)
+def test_arbitrary_metadata(metadata):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        save_file({"changes": SAVED.changes}, path, metadata)
+        read(path)
+
+
+def changed(**settings):
+    return RIGHT | {"settings": json.dumps(SAVED.settings | settings)}
+
+
+def without(name):
+    return RIGHT | {"settings": json.dumps({key: value for key, value in SAVED.settings.items() if key != name})}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (None, "'layers'"),
+        ({"layers": RIGHT["layers"]}, "'settings'"),
+        (RIGHT | {"layers": "attn2"}, "JSONDecodeError"),
+        (RIGHT | {"layers": "[" * 10**5}, "RecursionError"),
+        (RIGHT | {"layers": "[]"}, "no names of 2 layers"),
+        (RIGHT | {"layers": '["attn2"]'}, "no names of 2 layers"),
+        (RIGHT | {"layers": '"ab"'}, "no names of 2 layers"),
+        (RIGHT | {"layers": "[1, 2]"}, "no names of 2 layers"),
+        (RIGHT | {"layers": "2"}, "no names of 2 layers"),
+        (RIGHT | {"settings": "["}, "JSONDecodeError"),
+        (RIGHT | {"settings": "[]"}, "settings that are no object"),
+        (RIGHT | {"settings": "null"}, "settings that are no object"),
+        (without("pipeline"), "settings without pipeline and scheduler"),
+        (changed(scheduler=1), "settings without pipeline and scheduler"),
+        (without("num_inference_steps"), "num_inference_steps None"),
+        (changed(num_inference_steps=0), "num_inference_steps 0"),
+        (changed(num_inference_steps=3.0), "num_inference_steps 3.0"),
+        (changed(num_inference_steps=True), "num_inference_steps True"),
+        (without("prompts"), "no 1 prompts"),
+        (changed(prompts="x"), "no 1 prompts"),
+        (changed(prompts=[]), "no 1 prompts"),
+        (changed(prompts=["x", "y"]), "no 1 prompts"),
+        (changed(prompts=[1]), "no 1 prompts"),
+    ],
+)
+def test_metadata_of_something_else(metadata, said, tmp_path):
+    save_file({"changes": SAVED.changes}, tmp_path / "x", metadata)
+    assert said in refused(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "changes"),
+        ({"x": SAVED.changes}, "changes"),
+        *(({"changes": SAVED.changes.to(dtype)}, str(dtype)) for dtype in (torch.float16, torch.bool, torch.int64)),
+        ({"changes": SAVED.changes.to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn"),
+        ({"changes": SAVED.changes[0].clone()}, "shape (2, 2)"),
+        ({"changes": torch.tensor(1.0)}, "shape ()"),
+        ({"changes": SAVED.changes[None]}, "shape (1, 1, 2, 2)"),
+        ({"changes": torch.zeros(0, 2, 2)}, "shape (0, 2, 2)"),
+        ({"changes": torch.zeros(1, 0, 2)}, "shape (1, 0, 2)"),
+        ({"changes": torch.zeros(1, 2, 0)}, "shape (1, 2, 0)"),
+        ({"changes": torch.zeros(1, 2, 3)}, "no names of 3 layers"),
+        ({"changes": torch.zeros(2, 2, 2)}, "no 2 prompts"),
+        *(
+            ({"changes": torch.tensor([[[0.5, 0.5], [0.5, value]]])}, "no numbers from 0 on")
+            for value in (float("nan"), float("inf"), -float("inf"), -0.125)
+        ),
+    ],
+)
+def test_a_tensor_of_something_else(tensors, said, tmp_path):
+    save_file(tensors, tmp_path / "x", RIGHT)
+    assert said in refused(tmp_path / "x")

@@ -112,11 +112,11 @@ def test_a_pipeline_on_disk(tmp_path, capsys):
     [
         (
             ["--model", "flux"],
-            f"`model` must be one of {', '.join(ARCHITECTURES)}, or the folder of a saved pipeline",
+            f"`--model` must be one of {', '.join(ARCHITECTURES)}, or the folder of a saved pipeline",
         ),
-        (["--model", "sdxl", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, a fraction"),
-        (["--model", "sdxl", "--height", "100"], "`height` must be a multiple of 8, got 100"),
-        (["--model", "sdxl", "--cache-interval", "0"], "`cache_interval` must be a whole number of at least 1"),
+        (["--model", "sdxl", "--gate-step", "0"], "`--gate-step` must be a whole number of at least 1, a fraction"),
+        (["--model", "sdxl", "--height", "100"], "`--height` must be a multiple of 8, got 100"),
+        (["--model", "sdxl", "--cache-interval", "0"], "`--cache-interval` must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

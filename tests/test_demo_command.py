@@ -42,9 +42,9 @@ def test_the_command_draws_and_tells(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["a large red fox on a white background"], "got the unknown 'fox'"),
-        (["--gate-step", "0"], "`gate_step` must be a whole number of at least 1, a fraction"),
-        (["--steps", "0"], "`steps` must be a whole number of at least 1, got 0"),
-        (["--count", "-1"], "`count` must be a whole number of at least 1, got -1"),
+        (["--gate-step", "0"], "`--gate-step` must be a whole number of at least 1, a fraction"),
+        (["--steps", "0"], "`--steps` must be a whole number of at least 1, got 0"),
+        (["--count", "-1"], "`--count` must be a whole number of at least 1, got -1"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -1,7 +1,10 @@
 """`generate`: a picture for each prompt, resumed, and the same from two processes as from one."""
 
+import errno
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,12 +12,14 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from tgate_processors import ConfigError
 from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
-from tgate_processors.cli.processes import Share, share_of_this_process
-from tgate_processors.demo.model import WEIGHTS
+from tgate_processors.cli.generate import read_prompts
+from tgate_processors.cli.processes import Share, device_of_this_process, share_of_this_process
+from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
 from tgate_processors.measure.sheet import LEAST_COLUMN, MARGIN
 
 
@@ -75,10 +80,247 @@ def test_an_interrupted_picture_is_not_there(folder, prompts, tmp_path, monkeypa
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_other_settings_in_the_same_folder_are_refused(folder, prompts, capsys):
-    arguments = ["generate", "--prompts", str(prompts), "--out", str(folder), *SETTINGS, "--seed", "5"]
-    assert main(arguments) == 2
-    assert "`--out` must hold no picture of other settings" in capsys.readouterr().err
+# What a folder holds already
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """A folder of pictures to be changed."""
+    return shutil.copytree(folder, tmp_path / "copied")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_demo_pipeline().to(device_of_this_process())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def loaded_once(pipe, monkeypatch):
+    """The same pipeline for all of these."""
+    monkeypatch.setattr("tgate_processors.cli.commands._pipeline_of", lambda *_: pipe)
+
+
+def refused(arguments, folder, capsys):
+    """What is said of another job in a folder, which keeps all that it holds."""
+    before = contents(folder)
+    assert main(["generate", *arguments, "--out", str(folder)]) == 2
+    assert contents(folder) == before
+    said = capsys.readouterr().err.strip().splitlines()[-1]  # after bars
+    assert said.startswith("tgate-processors generate: `--out` must hold no picture of other settings, got ")
+    assert said.endswith("Remove it, or choose another folder.")
+    return said
+
+
+def test_all_that_made_a_picture_is_in_it(folder):
+    with Image.open(next(folder.glob("1-*"))) as picture:
+        settings = json.loads(picture.info["tgate-processors"])
+    assert re.fullmatch("[0-9a-f]{64}", settings.pop("weights"))
+    assert settings == {
+        "prompt": PROMPTS[1],
+        "seed": 1,
+        "steps": 3,
+        "guidance_scale": 5.0,
+        "size": [64, 64],
+        "gate_step": 2,
+        "sp_interval": 1,
+        "fi_interval": 1,
+        "warm_up": 0,
+        "branch": None,
+        "look_interval": None,
+        "tolerance": 0.09,
+        "offload_cache": False,
+        "with_stock": False,
+        "model": "demo",
+        "dtype": "float32",
+        "device": device_of_this_process().type,
+    }
+
+
+def test_what_the_pipeline_takes_of_its_own_is_in_the_picture(tmp_path, loaded_once, monkeypatch):
+    asked = []
+
+    def draw(pipe, job, *, gated):
+        asked.append((job.steps, job.guidance_scale))
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(generate_module, "_draw", draw)
+    assert main(["generate", "a circle", "--out", str(tmp_path)]) == 0
+    assert asked == [(50, 7.5)]  # of diffusers' Stable Diffusion
+    assert main(["generate", "a circle", "--out", str(tmp_path), "--steps", "50", "--guidance", "7.5"]) == 0
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "--seed 5",
+        "--steps 4",
+        "--guidance-scale 3",
+        "--gate-step 1",
+        "--gate-step auto",
+        "--look-interval 2",
+        "--sp-interval 2",
+        "--fi-interval 2",
+        "--warm-up 1",
+        "--with-stock",
+        "--dtype float16",
+        f"--model {WEIGHTS}",
+    ],
+)
+def test_another_job_in_the_same_folder_is_refused(other, folder, prompts, loaded_once, capsys):
+    arguments = ["--prompts", str(prompts), "--steps", "3", "--gate-step", "2", "--guidance-scale", "5"]
+    said = refused([*arguments, *other.split()], folder, capsys)
+    assert f"got '{next(folder.glob('0-*'))}' of another `{other.split()[0]}`. " in said
+
+
+@pytest.mark.parametrize(
+    ("edited", "name", "reason"),
+    [
+        (["a large square", *PROMPTS[1:]], "0-a-large-red", "of another prompt or another place among them"),
+        ([*PROMPTS[1:], PROMPTS[0]], "0-a-large-red", "of another prompt or another place among them"),
+        (PROMPTS[:2], "2-a-large-blue", "of another prompt or another place among them"),
+        ([PROMPTS[0], PROMPTS[1] + "!", PROMPTS[2]], "1-a-small-green", "of another `PROMPT`"),
+    ],
+)
+def test_edited_prompts_are_refused(edited, name, reason, folder, loaded_once, capsys):
+    said = refused([*edited, *SETTINGS], folder, capsys)
+    assert f"got '{next(folder.glob(f'{name}*'))}' {reason}. " in said
+
+
+def test_more_prompts_are_drawn_beside_those_that_are_there(copied, loaded_once):
+    before = contents(copied)
+    assert main(["generate", *PROMPTS, "a large cross", "--out", str(copied), *SETTINGS]) == 0
+    after = contents(copied)
+    assert after.keys() - before.keys() == {"3-a-large-cross.png"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_somebody_elses_picture_is_left_alone(copied, prompts, loaded_once, capsys):
+    (copied / "holiday.png").write_bytes(picture_without_settings())
+    assert main(["generate", "--prompts", str(prompts), "--out", str(copied), *SETTINGS]) == 0
+    path = copied / "1-a-small-green-triangle.png"
+    path.write_bytes(picture_without_settings())
+    said = refused(["--prompts", str(prompts), *SETTINGS], copied, capsys)
+    assert f"got '{path}' without settings" in said
+    path.write_bytes(picture_without_settings()[:60])  # some of its pixels are there
+    refused(["--prompts", str(prompts), *SETTINGS], copied, capsys)
+    path.write_text("not a picture at all")
+    refused(["--prompts", str(prompts), *SETTINGS], copied, capsys)
+
+
+def picture_without_settings():
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("written", ["[1]", "{", "1", '"x"', "", "[" * 10**5])
+def test_settings_that_are_none_are_other_settings(written, copied, prompts, loaded_once, capsys):
+    path = next(copied.glob("0-*"))
+    info = generate_module.PngInfo()
+    info.add_text("tgate-processors", written)
+    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    assert "of another `--gate-step`, " in refused(["--prompts", str(prompts), *SETTINGS], copied, capsys)
+
+
+@pytest.mark.parametrize("left", [0, 3, 8, 30, 60, 700, 0.5, -1])
+def test_a_cut_off_picture_is_drawn_again(left, copied, loaded_once):
+    path = copied / "1-a-small-green-triangle.png"
+    before = contents(copied)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
+    assert main(["generate", *PROMPTS, "--out", str(copied), *SETTINGS]) == 0
+    assert contents(copied) == before
+
+
+def test_a_damaged_picture_is_drawn_again(copied, loaded_once):
+    path = copied / "1-a-small-green-triangle.png"
+    before = contents(copied)
+    damaged = bytearray(path.read_bytes())
+    damaged[-40] ^= 1
+    path.write_bytes(damaged)
+    assert main(["generate", *PROMPTS, "--out", str(copied), *SETTINGS]) == 0
+    assert contents(copied) == before
+
+
+def test_no_cut_is_taken_for_the_whole_picture(folder):
+    whole = next(folder.glob("1-*")).read_bytes()
+
+    def kinds(data):
+        return [kind for kind, _ in generate_module._chunks(io.BytesIO(data))]
+
+    assert kinds(whole) == [b"IHDR", b"tEXt", b"IDAT", b"IEND"]
+    assert not any(b"IEND" in kinds(whole[:length]) for length in range(len(whole)))
+
+
+def test_a_planted_link_is_not_followed(tmp_path, loaded_once):
+    folder, victim = tmp_path / "pictures", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    (folder / "0-a-circle.unfinished").symlink_to(victim)
+    assert main(["generate", "a circle", "--out", str(folder), *SETTINGS]) == 0
+    assert victim.read_text() == "precious"
+    (made,) = folder.iterdir()
+    assert made.name == "0-a-circle.png"
+    assert not made.is_symlink()
+
+
+def test_a_link_that_is_planted_anew_is_an_error(tmp_path, loaded_once, monkeypatch, capsys):
+    folder, victim = tmp_path / "pictures", tmp_path / "victim"
+    victim.write_text("precious")
+    unlink = generate_module.Path.unlink
+
+    def plants(path, **kwargs):
+        unlink(path, **kwargs)
+        path.symlink_to(victim)
+
+    monkeypatch.setattr(generate_module.Path, "unlink", plants)
+    assert main(["generate", "a circle", "--out", str(folder), *SETTINGS]) == 1
+    assert f"got '{folder / '0-a-circle.png'}': File exists." in capsys.readouterr().err
+    assert victim.read_text() == "precious"
+
+
+def test_a_full_disk_names_the_picture(tmp_path, loaded_once, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert main(["generate", "a circle", "--out", str(tmp_path), *SETTINGS]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    path = str(tmp_path / "0-a-circle.png")
+    assert f"`--out` must be a place that can be written to, got {path!r}: No space left on device." in said
+
+
+# Prompts in a file
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (b"\xef\xbb\xbfa circle\na cross\n", ["a circle", "a cross"]),
+        (b"a circle\r\n\r\n  a cross  \r\n", ["a circle", "a cross"]),
+        ("a\u2028circle\na\x85cro\x0css\x1d!\u2029".encode(), ["a\u2028circle", "a\x85cro\x0css\x1d!"]),
+        ("ein gr\xfcner Kreis".encode(), ["ein gr\xfcner Kreis"]),
+    ],
+)
+def test_prompts_are_the_lines_of_a_file(written, expected, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(written)
+    assert read_prompts(tmp_path / "prompts.txt") == expected
+
+
+@pytest.mark.parametrize("written", [b"\xff\xfea\x00", b"a gr\xfcn circle", b"", b"\xef\xbb\xbf", b" \n\t\r\n"])
+def test_a_file_without_prompts_is_named(written, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(written)
+    with pytest.raises(ConfigError, match=f"`--prompts` must be a text file in UTF-8 .*, got '{path}': ") as error:
+        read_prompts(path)
+    assert "\n" not in str(error.value)
 
 
 def test_with_the_stock_picture_beside_it(folder, tmp_path):
@@ -122,13 +364,14 @@ def test_without_accelerate_there_is_one_process(monkeypatch):
     [
         ([], "`PROMPT` must be given, or `--prompts FILE`, got neither"),
         (["--prompts", "nowhere.txt"], "`--prompts` must be a text file .* got 'nowhere.txt': no file"),
-        (["a circle", "--steps", "0"], "`steps` must be a whole number of at least 1, got 0"),
-        (["a circle", "--gate-step", "0"], "`gate_step` must be a whole number of at least 1, a fraction"),
+        (["a circle", "--steps", "0"], "`--steps` must be a whole number of at least 1, got 0"),
+        (["a circle", "--gate-step", "0"], "`--gate-step` must be a whole number of at least 1, a fraction"),
+        (["a circle", "--seed", str(2**64)], f"`--seed` must be a whole number of 64 bits, got {2**64}"),
+        (["a circle", "--out", __file__], f"`--out` must be a place .*, got '{__file__}': Not a directory"),
+        (["a circle", "--out", f"{__file__}/x/y"], f"`--out` must be a place .*, got '{__file__}/x/y': Not a dir"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
-    import re
-
     assert main(["generate", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -149,6 +392,25 @@ def test_a_pipeline_of_ones_own(model, folder, tmp_path):
     assert main(arguments) == 0
     (picture,) = pixels(tmp_path).values()
     assert picture == pixels(folder)["1-a-small-green-triangle.png"]
+
+
+def test_other_weights_or_another_scheduler_in_the_same_folder_are_another_model(model, tmp_path, capsys):
+    mine = shutil.copytree(model, tmp_path / "mine")
+    arguments = [PROMPTS[1], "--model", str(mine), *SETTINGS]
+    out = tmp_path / "out"
+    assert main(["generate", *arguments, "--out", str(out)]) == 0
+    before = contents(out)
+    assert main(["generate", *arguments, "--out", str(out)]) == 0  # loaded again it is the same
+    assert contents(out) == before
+    weights = mine / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    assert "of another `weights`. " in refused(arguments, out, capsys)
+    shutil.copytree(model / "unet", mine / "unet", dirs_exist_ok=True)
+    config = mine / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_end": 0.02}))
+    assert "of another `weights`. " in refused(arguments, out, capsys)
 
 
 def test_pickled_weights_are_not_loaded(model, tmp_path, capsys):
@@ -175,7 +437,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(model, t
     )
     arguments = ["generate", PROMPTS[1], "--model", str(custom), "--out", str(tmp_path / "out"), *SETTINGS]
     assert main(arguments) != 0
-    assert "trust_remote_code" in capsys.readouterr().err
+    assert "`--trust-remote-code`" in capsys.readouterr().err
     assert not ran.exists()
     assert main([*arguments, "--trust-remote-code"]) == 0
     assert ran.exists()

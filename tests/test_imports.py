@@ -53,6 +53,7 @@ ORDER = [
     "measure.contestants",
     "measure.bench",
     "demo",
+    "cli.outputs",
     "cli.processes",
     "cli.generate",
     "cli.commands",

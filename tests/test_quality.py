@@ -371,9 +371,9 @@ def test_clip_scores_where_a_model_is_at_hand(tmp_path):
     ("arguments", "message"),
     [
         (["a circle"], "`PROMPT` must be left out for the demo"),
-        (["--count", "1"], "`count` must be a whole number of at least 2, got 1"),
-        (["--steps", "3"], '`num_inference_steps` must be at least 5 with `gate_step="auto"`, got 3'),
-        (["--steps", "6", "--only", "nobody"], "`only` must hold parts of names, got 'nobody'"),
+        (["--count", "1"], "`--count` must be a whole number of at least 2, got 1"),
+        (["--steps", "3"], "`--steps` must be a whole number of at least 5, got 3"),
+        (["--steps", "6", "--only", "nobody"], "`--only` must hold parts of names, got 'nobody'"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -18,13 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tgate_processors import _deepcache as dc
 from tgate_processors._folding import Inputs, map_tensors, sample_of, take_half, tensors_in
-from tgate_processors._layers import attention_layers, cross_attention_layers, is_of_diffusers
+from tgate_processors._layers import attention_layers, cross_attention_layers, is_joint, is_of_diffusers
 from tgate_processors._modes import AttentionMode, StepMode
 from tgate_processors._record import Evaluation, to_meta
+from tgate_processors.errors import UnsupportedPipelineError
 
 
 # What counts as Linear and Conv; attention's two products and the like are matrix products beside these.
 LINEAR_AND_CONV = {"aten.convolution", "aten.addmm", "aten.mm"}
+
+# In the names of diffusers' processors whose kernels are not of torch, and do not run without values.
+OTHER_KERNELS = ("NPU", "XFormers", "XLA")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Layer:
     """What the calls of an attention layer cost in an evaluation that computes all, and what they put out."""
 
     is_cross: bool
+    is_gated: bool = True
     calls: int = 0
     macs: int = 0
     linear_and_conv_macs: int = 0
@@ -75,7 +80,7 @@ class _Profile:
         for name, layer in self.layers.items():
             its_mode = mode.cross_attention if layer.is_cross else mode.self_attention
             kind = "cross" if layer.is_cross else "self"
-            if its_mode is AttentionMode.REUSE and name not in missed:
+            if its_mode is AttentionMode.REUSE and layer.is_gated and name not in missed:
                 spared = {"macs": -layer.macs, "linear_and_conv_macs": -layer.linear_and_conv_macs}
                 counted += Cost(**spared, **{f"{kind}_reused": layer.calls})
             else:
@@ -153,14 +158,16 @@ def _beside(model: Any, deepcache: Any, inputs: Inputs, shallow: bool, stack: Ex
     return (sample, torch.tensor(int(shallow)), *rest), kwargs
 
 
-def _count(model: torch.nn.Module, inputs: Inputs) -> _Profile:
+def _count(model: Any, inputs: Inputs) -> _Profile:
     args, kwargs = map_tensors(lambda tensor: tensor, inputs)  # HunyuanDiT empties the list of its controls
+    if hasattr(model, "_tome_info"):  # tomesd notes the sample's size in a hook, which the copy has not
+        model._tome_info["size"] = sample_of(inputs).shape[2:]
     profile = _Profile()
     counter = FlopCounterMode(display=False)
     cross = cross_attention_layers(model)
     hooks = []
     for name, layer in attention_layers(model).items():
-        profile.layers[name] = counted = _Layer(is_cross=name in cross)
+        profile.layers[name] = counted = _Layer(name in cross, is_gated=not is_joint(layer))
         before = _Before(counter)
         hooks.append(layer.register_forward_pre_hook(before.note))
         hooks.append(layer.register_forward_hook(_after(before, counted)))
@@ -214,26 +221,43 @@ def meta_copy(network: Any, processors: Mapping[str, Any] | None = None) -> Any:
     Args:
         network: The network; nothing of it is written to.
         processors: The attention processors to copy, by the names of the layers; for one that is not of diffusers'
-            own classes, and is not to be run, the class's default stands in. Without, those that it has.
+            own classes, or has a kernel of others, and is not to be run, the layer's default stands in. Without,
+            those that it has.
     """
     model = structural_copy(network, to_meta, _as_plain)
     for name, layer in attention_layers(model).items():
         processor = layer.processor if processors is None else processors.get(name)
         layer._modules.pop("processor", None)
-        layer.processor = _copy_of(processor) if is_of_diffusers(processor) else default_processor(layer)
+        layer.processor = _copy_of(processor) if _is_run(processor) else default_processor(layer)
     return model
 
 
 def default_processor(layer: Any) -> Any:
-    """The processor that diffusers gives a layer of this class."""
-    return AttnProcessor2_0() if isinstance(layer, Attention) else type(layer)._default_processor_cls()
+    """The processor that diffusers gives a layer of this class.
+
+    Raises:
+        UnsupportedPipelineError: It gives none.
+    """
+    default = AttnProcessor2_0 if isinstance(layer, Attention) else getattr(layer, "_default_processor_cls", None)
+    if default is None:
+        raise UnsupportedPipelineError(f"{type(layer).__name__} has no default processor that could be counted")
+    return default()
+
+
+def _is_run(processor: Any) -> bool:
+    """Whether a copy of a processor is run: it is of diffusers, and its kernel is of torch."""
+    return is_of_diffusers(processor) and not any(kernel in type(processor).__name__ for kernel in OTHER_KERNELS)
 
 
 def _copy_of(processor: Any) -> Any:
+    copier = _Copier(to_meta)
     if isinstance(processor, torch.nn.Module):
-        return structural_copy(processor, to_meta)
-    copied = copy.copy(processor)
-    vars(copied).update({n: to_meta(v) for n, v in vars(copied).items() if isinstance(v, torch.Tensor)})
+        copied = copier.copied(processor)
+    else:
+        copied = copy.copy(processor)
+        vars(copied).update({name: copier.copied(value) for name, value in vars(copied).items()})
+    if hasattr(copied, "_attention_backend"):
+        copied._attention_backend = "native"  # others are not counted, or do not run without values
     return copied
 
 
@@ -251,22 +275,62 @@ def structural_copy(
         change: Makes the copy's tensors.
         replace: Gives another module in a module's place, or None to copy it.
     """
-    network = getattr(network, "_orig_mod", network)  # torch.compile wraps it
-    other = replace(network)
-    if other is not None:
-        return other
-    copied = network.__class__.__new__(network.__class__)
-    for name, value in vars(network).items():
-        if name.endswith("_hooks"):
-            vars(copied)[name] = OrderedDict()
-        elif name not in ("forward", "_compiled_call_impl"):
-            vars(copied)[name] = change(value) if isinstance(value, torch.Tensor) else value
-    for kind in ("_parameters", "_buffers"):
-        tensors = getattr(network, kind)
-        setattr(copied, kind, {name: None if t is None else change(t) for name, t in tensors.items()})
-    children = network._modules.items()
-    copied._modules = {n: None if child is None else structural_copy(child, change, replace) for n, child in children}
-    return copied
+    return _Copier(change, replace).copied(network)
+
+
+class _Copier:
+    """Copies modules and what they keep in lists and dicts, so that the copy's forward writes to nothing of theirs.
+
+    What stands in several places is copied once.
+
+    Args:
+        change, replace: As `structural_copy` has them.
+    """
+
+    def __init__(
+        self,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        replace: Callable[[torch.nn.Module], torch.nn.Module | None] = lambda module: None,
+    ) -> None:
+        self._change = change
+        self._replace = replace
+        self._copies: dict[int, Any] = {}
+
+    def copied(self, value: Any) -> Any:
+        """A copy of a module, a tensor, a list, a dict or a generator; anything else is itself."""
+        if isinstance(value, torch.Tensor):
+            return self._change(value)
+        if isinstance(value, torch.nn.Module):
+            value = getattr(value, "_orig_mod", value)  # torch.compile wraps it
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        if isinstance(value, torch.nn.Module):
+            return self._module(value)
+        if isinstance(value, torch.Generator):
+            self._copies[id(value)] = value.clone_state()
+        elif type(value) is list:
+            copies = self._copies[id(value)] = []
+            copies.extend(map(self.copied, value))
+        elif type(value) is dict:
+            self._copies[id(value)] = {}
+            self._copies[id(value)].update({key: self.copied(item) for key, item in value.items()})
+        return self._copies.get(id(value), value)
+
+    def _module(self, module: torch.nn.Module) -> torch.nn.Module:
+        other = self._replace(module)
+        if other is not None:
+            self._copies[id(module)] = other
+            return other
+        copied: torch.nn.Module = object.__new__(type(module))
+        self._copies[id(module)] = copied
+        for name, value in vars(module).items():
+            if "_hooks" in name:
+                vars(copied)[name] = OrderedDict()
+            elif name in ("_parameters", "_buffers", "_modules"):
+                vars(copied)[name] = {key: self.copied(item) for key, item in value.items()}
+            elif name not in ("forward", "_compiled_call_impl"):
+                vars(copied)[name] = self.copied(value)
+        return copied
 
 
 def _as_plain(module: Any) -> torch.nn.Module | None:

@@ -107,24 +107,18 @@ class Loop:
 
     # Whose call it is
 
-    def goes_on(self, network: GatedNetwork, timestep: Any) -> Part | None:
-        """What the run keeps of the network, if the timestep says that this call is its next; else None."""
-        run = self.run
-        if run is None or run.is_over:
-            return None
-        position = position_in(timestep, run.timesteps)
-        if position is None or not self._is_next(run, network, position - run.first):
-            return None
-        return self._part(run, network)
-
-    def begins(self, network: GatedNetwork, timestep: Any) -> Part | None:
-        """The same of a call that the pipeline itself makes: it begins a run, or is the next by the count; else None.
+    def claim(self, network: GatedNetwork, timestep: Any) -> Part | None:
+        """What the run keeps of the network, if a call that the pipeline makes is the run's next or begins one.
 
         Raises:
             StateError: Another thread has begun a run meanwhile, or the callback was not passed where it is needed.
         """
         self._check_is_not_overtaken(timestep)
         run, now = self.run, self.pipe.scheduler.timesteps
+        if run is not None and not run.is_over:
+            position = position_in(timestep, run.timesteps)
+            if position is not None and self._is_next(run, network, position - run.first):
+                return self._part(run, network)
         position = position_in(timestep, now)
         if run is None or run.timesteps is not now or (position is None and run.is_over):
             run = self._begin(position)

@@ -24,11 +24,8 @@ class EvaluatesNetworks(Protocol):
 
     pipe: Any
 
-    def goes_on(self, network: "GatedNetwork", timestep: Any) -> Part | None:
-        """What its run keeps of the network, if the timestep says that a call is the run's next; else None."""
-
-    def begins(self, network: "GatedNetwork", timestep: Any) -> Part | None:
-        """The same of a call that the pipeline itself makes, where it begins a run or is the next by the count."""
+    def claim(self, network: "GatedNetwork", timestep: Any) -> Part | None:
+        """What its run keeps of the network, if a call that the pipeline makes is one of a run; else None."""
 
     def leaves(self, stack: Sequence[Any]) -> None:
         """Let the run go where its pipeline is not in the stack of this thread."""
@@ -154,15 +151,10 @@ class GatedNetwork:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _claimed(self, inputs: Inputs) -> tuple[EvaluatesNetworks | None, Part | None]:
-        timestep = timestep_of(inputs)
-        for loop in self.loops:
-            part = loop.goes_on(self, timestep)
-            if part is not None:
-                return loop, part
         stack = callers()
         caller = next(stack, None)
         for loop in self.loops:
-            part = loop.begins(self, timestep) if loop.pipe is caller else None
+            part = loop.claim(self, timestep_of(inputs)) if loop.pipe is caller else None
             if part is not None:
                 return loop, part
         running = [caller, *stack]

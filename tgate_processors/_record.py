@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tgate_processors._folding import Inputs, map_tensors, sample_of
+from tgate_processors._folding import Inputs, map_tensors, sample_of, tensors_in
 from tgate_processors._modes import StepMode
 
 
@@ -32,7 +32,7 @@ class Record:
 
     Attributes:
         evaluations: Those that were computed, in order.
-        inputs: What the pipeline gave, without values: one for each shape of the sample.
+        inputs: What the pipeline gave, without values: one for all calls of the same shapes.
         given: Which of `inputs` each call was given, with those that were left out.
     """
 
@@ -40,7 +40,7 @@ class Record:
         self.evaluations: list[Evaluation] = []
         self.inputs: list[Inputs] = []
         self.given: list[int] = []
-        self._shapes: dict[torch.Size, int] = {}
+        self._shapes: dict[tuple[torch.Size, ...], int] = {}
 
     def batch_of(self, given: int) -> int:
         """The batch of one of `inputs`."""
@@ -48,8 +48,8 @@ class Record:
 
     def note_given(self, inputs: Inputs) -> int:
         """Note a call; gives which of `inputs` it was given."""
-        shape = sample_of(inputs).shape
-        index = self._shapes.setdefault(shape, len(self.inputs))
+        shapes = tuple(tensor.shape for tensor in tensors_in([*inputs[0], inputs[1]]))
+        index = self._shapes.setdefault(shapes, len(self.inputs))
         if index == len(self.inputs):
             self.inputs.append(on_meta(inputs))
         self.given.append(index)

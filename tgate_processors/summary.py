@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from tgate_processors._cost import Cost, NetworkCost, default_processor, meta_copy
+from tgate_processors._cost import Cost, NetworkCost, meta_copy
 from tgate_processors._layers import attention_layers
 from tgate_processors._loop import Loop, PipelineRun
 from tgate_processors._modes import AttentionMode, Phase
@@ -43,8 +43,8 @@ class Summary:
     @property
     def gate_closed_at(self) -> int | None:
         """The first step, 0-based, of the fidelity-improving phase; None where the gate never closed."""
-        phases = [] if self.schedule is None else [mode.phase for mode in self.schedule.modes]
-        return phases.index(Phase.FIDELITY) if Phase.FIDELITY in phases else None
+        has_closed = any(evaluation.mode.phase is Phase.FIDELITY for evaluation in self.evaluations)
+        return self.schedule.gate_step if has_closed and self.schedule is not None else None
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class Summary:
         if not self.changes or self.schedule is None:
             return []
         last = ", ".join(f"{change:.3f}" for change in self.changes[-LEAST_CHANGES_FOR_AUTO:])
-        word = "not all under" if self.gate_closed_at is None else "under"
+        word = "under" if self.schedule.gate_step < len(self.schedule) else "not all under"
         return [f"  of itself       cross-attention changed by {last}: {word} {self.schedule.config.tolerance:g}"]
 
 
@@ -115,8 +115,9 @@ def summarize(loop: Loop) -> Summary:
         for network in loop.networks:
             part = run.parts.get(network.layers)
             if part is not None:
-                counted, stock = _counted(network.module, part, loop.deepcache, notes)
-                cost, stock_macs = cost + counted, stock_macs + stock
+                counter = _counter(network.module, part, loop.deepcache if network in loop.denoisers else None, notes)
+                cost += counter.of(part.record.evaluations)
+                stock_macs += counter.stock(_given(part)).macs
     except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
         notes.append(f"the arithmetic could not be counted: {type(error).__name__}: {error}".splitlines()[0])
         cost, stock_macs = Cost(), 0
@@ -130,7 +131,7 @@ def summarize(loop: Loop) -> Summary:
         stock_macs=stock_macs,
         cache_bytes=sum(part.peak_cache_bytes for part in run.parts.values()),
         changes=tuple(map(fmean, loop.changes)),
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys([*notes, *_missing_steps(run)])),
     )
 
 
@@ -141,24 +142,48 @@ def _evaluations(run: PipelineRun, network: Any) -> tuple[Evaluation, ...]:
 
 def _dropped_guidance(run: PipelineRun) -> bool:
     """Whether anything of guidance was left out, or was about to be."""
-    records = [part.record for part in run.parts.values()]
+    parts = run.parts.values()
     halved = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
-    return any(len(record.given) > len(record.evaluations) for record in records) or any(
-        evaluation.mode.cross_attention in halved or evaluation.batch < record.batch_of(evaluation.given)
-        for record in records
-        for evaluation in record.evaluations
+    return any(len(_given(part)) > len(part.record.evaluations) for part in parts) or any(
+        evaluation.mode.cross_attention in halved or evaluation.batch < part.record.batch_of(evaluation.given)
+        for part in parts
+        for evaluation in part.record.evaluations
     )
 
 
-def _counted(module: Any, part: Part, deepcache: Any, notes: list[str]) -> tuple[Cost, int]:
-    """What a network's evaluations cost, and the multiply-accumulates of the stock pipeline's."""
-    foreign = sorted({processor for processor in part.processors.values() if isinstance(processor, str)})
-    model = meta_copy(module, part.processors)
-    if foreign:
-        like = type(default_processor(next(iter(attention_layers(model).values())))).__name__
-        notes.append(f"layers with {', '.join(foreign)} are counted as {like}")
-    counter = NetworkCost(model, part.record.inputs, deepcache)
-    return counter.of(part.record.evaluations), counter.stock(part.record.given).macs
+def _given(part: Part) -> list[int]:
+    """What its calls were given, less the call in which the run failed; where branches are calls, that one too."""
+    record = part.record
+    return record.given if part.most_calls > 1 else record.given[: len(record.evaluations)]
+
+
+def _counter(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:
+    """What counts a network's evaluations; it says what it counts otherwise than it was."""
+    # `torch.compile`'s wrappers of blocks are not copied
+    processors = {name.replace("_orig_mod.", ""): processor for name, processor in part.processors.items()}
+    model = meta_copy(module, processors)
+    pairs = {(_name(processors.get(name)), _name(layer.processor)) for name, layer in attention_layers(model).items()}
+    notes.extend(f"layers with {was} are counted as {is_now}" for was, is_now in sorted(pairs) if was != is_now)
+    if any(_has_silent_adapter(processor) for processor in processors.values()):
+        notes.append("the scale of an IP-Adapter is 0 now: the whole run is counted without it")
+    return NetworkCost(model, part.record.inputs, deepcache)
+
+
+def _name(processor: Any) -> str:
+    return processor if isinstance(processor, str) else type(processor).__name__
+
+
+def _has_silent_adapter(processor: Any) -> bool:
+    scales = getattr(processor, "scale", None)
+    return isinstance(scales, list) and 0 in scales
+
+
+def _missing_steps(run: PipelineRun) -> list[str]:
+    """What is to be said of a run that is going on, or failed or was cancelled."""
+    begun = any(part.calls for part in run.parts.values())
+    if run.position + begun >= run.clock.num_evaluations:
+        return []
+    return [f"{run.step} of {run.clock.num_steps} steps are done"]
 
 
 def _replaced(loop: Loop) -> list[str]:

@@ -3,6 +3,8 @@
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,8 +13,9 @@ from tqdm import tqdm
 
 from tgate_processors._tables import format_table
 from tgate_processors._validation import require_tolerance, require_whole
-from tgate_processors.cli.generate import Job, generate, read_prompts
-from tgate_processors.cli.processes import device_of_this_process, share_of_this_process
+from tgate_processors.cli.generate import Job, fingerprint, generate, given_or_own, read_prompts
+from tgate_processors.cli.outputs import require_file, require_folder, write_picture, write_plot, writing
+from tgate_processors.cli.processes import device_named, device_of_this_process, share_of_this_process
 from tgate_processors.demo.compare import compare
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
@@ -25,23 +28,25 @@ from tgate_processors.measure import run_cost as counting
 from tgate_processors.measure.architectures import Architecture
 from tgate_processors.measure.bench import bench, plot_speed_ups
 from tgate_processors.measure.convergence import measure_convergence, plot_convergence, suggestion
-from tgate_processors.measure.interruption import keeping
+from tgate_processors.measure.interruption import INTERRUPTED, keeping
 from tgate_processors.measure.quality import quality_of_pipeline
 from tgate_processors.measure.quality_report import plot_quality
 from tgate_processors.measure.rig import Rig, reduced
-from tgate_processors.schedule import TGateConfig
+from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 
 Options = argparse.Namespace
-DONE, INTERRUPTED = 0, 130
+DONE = 0
 
 
 def run_demo(options: Options) -> int:
     """Compare the pipelines on the demo's model."""
     for name in ("count", "steps", "rounds"):
-        require_whole(name, getattr(options, name), least=1)
+        require_whole(f"--{name}", getattr(options, name), least=1)
+    _require_seed(options)
     config = _config_of(options)
     scenes = [parse(prompt) for prompt in options.prompt] or held_out_scenes(options.count, options.seed)
+    require_file("--out", options.out, write_picture)
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     comparison = compare(
@@ -54,9 +59,10 @@ def run_demo(options: Options) -> int:
         rounds=options.rounds,
     )
     settings = f"{options.steps} steps, {config}, guidance scale {options.guidance_scale:g}, seed {options.seed}"
-    side_by_side(comparison, settings).save(options.out)
     print(settings)
     print(comparison)
+    with writing("--out", options.out):
+        side_by_side(comparison, settings).save(options.out)
     print(f"pictures: {options.out}")
     return DONE
 
@@ -64,17 +70,29 @@ def run_demo(options: Options) -> int:
 def run_generate(options: Options) -> int:
     """Draw the prompts that are not drawn yet."""
     prompts = _prompts_of(options)
-    if not prompts:
-        raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither.")
+    _require_prompts(prompts)
+    _require_seed(options)
     if options.steps is not None:
-        require_whole("steps", options.steps, least=1)
+        require_whole("--steps", options.steps, least=1)
     config = _config_of(options)
-    jobs = [
-        Job(prompt, options.seed + index, options.steps, options.guidance_scale, config, options.with_stock)
-        for index, prompt in enumerate(prompts)
-    ]
+    require_folder("--out", options.out)
+    device = _device_of(options)
+    pipe = _pipeline_of(options, device)
+    one = Job(
+        prompts[0],
+        options.seed,
+        steps=given_or_own(options.steps, pipe, "num_inference_steps"),
+        guidance_scale=given_or_own(options.guidance_scale, pipe, "guidance_scale"),
+        config=config,
+        with_stock=options.with_stock,
+        model=str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
+        weights=fingerprint(pipe),
+        dtype=options.dtype,
+        device=device.type,
+    )
+    jobs = [replace(one, prompt=prompt, seed=options.seed + index) for index, prompt in enumerate(prompts)]
     share = share_of_this_process()
-    made = generate(_pipeline_of(options), jobs, options.out, share=share)
+    made = generate(pipe, jobs, options.out, share=share)
     print(f"process {share.index + 1} of {share.count}: {len(made)} pictures in {options.out}")
     return DONE
 
@@ -121,42 +139,55 @@ def run_bench(options: Options) -> int:
         device=str(_device_of(options)),
         dtype=getattr(torch, options.dtype),
     )
+    _require_plot(options)
     report = bench(rig, rounds=options.rounds, compiles=options.compile, only=options.only)
     _print(report, options)
     if options.plot:
-        plot_speed_ups(report, options.plot)
+        with writing("--plot", options.plot):
+            plot_speed_ups(report, options.plot)
     return _code(report.settings)
 
 
 def run_calibrate(options: Options) -> int:
     """Measure, and suggest a gate step."""
     require_tolerance(options.tolerance)
-    require_whole("count", options.count, least=1)
+    require_whole("--count", options.count, least=1)
+    _require_measurable(options)
+    if options.out:
+        require_file("--out", options.out)
     prompts = _prompts_of(options)
     if not prompts and options.model == "demo":
         prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
-    pipe = _pipeline_of(options)
+    _require_prompts(prompts)
+    pipe = _pipeline_of(options, _device_of(options))
     settings = _guidance_of(options)
     convergence = measure_convergence(pipe, prompts, num_inference_steps=options.steps, seed=options.seed, **settings)
-    if options.out:
-        convergence.save(options.out)
+    try:
+        if options.out:
+            with writing("--out", options.out):
+                convergence.save(options.out)
+    finally:  # where the file fails, what was measured is printed at least
+        _print(suggestion(pipe, convergence, options.tolerance, **settings), options)
     if options.plot:
-        plot_convergence(convergence, options.plot, tolerance=options.tolerance)
-    _print(suggestion(pipe, convergence, options.tolerance, **settings), options)
+        with writing("--plot", options.plot):
+            plot_convergence(convergence, options.plot, tolerance=options.tolerance)
     return _code(convergence.settings)
 
 
 def run_quality(options: Options) -> int:
     """Measure the demo's model, or one's own."""
-    pipe = _pipeline_of(options)
-    settings = _guidance_of(options)
+    _require_measurable(options)
     prompts = _prompts_of(options)
+    if options.model != "demo":
+        _require_prompts(prompts)
+    elif prompts:
+        raise ConfigError(
+            f"`PROMPT` must be left out for the demo, which draws its own to read them, got {len(prompts)}. "
+            "Pass `--count`."
+        )
+    pipe = _pipeline_of(options, _device_of(options))
+    settings = _guidance_of(options)
     if options.model == "demo":
-        if prompts:
-            raise ConfigError(
-                f"`PROMPT` must be left out for the demo, which draws its own to read them, got {len(prompts)}. "
-                "Pass `--count`."
-            )
         report = quality_of_demo(
             pipe,
             count=24 if options.quick else options.count,
@@ -178,11 +209,33 @@ def run_quality(options: Options) -> int:
         )
     _print(report, options)
     if options.plot:
-        plot_quality(report, options.plot)
+        with writing("--plot", options.plot):
+            plot_quality(report, options.plot)
     return _code(report.settings)
 
 
 # What several commands have in common
+
+
+def _require_prompts(prompts: list[str]) -> None:
+    if not prompts:
+        raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither. Pass what to draw.")
+
+
+def _require_measurable(options: Options) -> None:
+    require_whole("--steps", options.steps, least=LEAST_STEPS_FOR_AUTO)
+    _require_seed(options)
+    _require_plot(options)
+
+
+def _require_seed(options: Options) -> None:
+    if not -(2**63) <= options.seed < 2**63:  # those of torch, with room to count on
+        raise ConfigError(f"`--seed` must be a whole number of 64 bits, got {options.seed}. Pass for example 0.")
+
+
+def _require_plot(options: Options) -> None:
+    if options.plot:
+        require_file("--plot", options.plot, write_plot)
 
 
 def _print(result: Any, options: Options) -> None:
@@ -213,10 +266,10 @@ def _guidance_of(options: Options) -> dict[str, float]:
 
 
 def _device_of(options: Options) -> torch.device:
-    return device_of_this_process() if options.device is None else torch.device(options.device)
+    return device_of_this_process() if options.device is None else device_named(options.device)
 
 
-def _pipeline_of(options: Options) -> Any:
+def _pipeline_of(options: Options, device: torch.device) -> Any:
     dtype = getattr(torch, options.dtype)
     if options.model == "demo":
         pipe = load_demo_pipeline(dtype=dtype)
@@ -224,7 +277,7 @@ def _pipeline_of(options: Options) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             options.model, use_safetensors=True, dtype=dtype, trust_remote_code=options.trust_remote_code
         )
-    pipe.to(_device_of(options))
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,17 +1,23 @@
 """Pictures of many prompts, gated, into a folder: on one device, or shared out by `accelerate launch`."""
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from inspect import signature
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from tgate_processors.cli.outputs import writing
 from tgate_processors.cli.processes import Share
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 from tgate_processors.measure import ways
@@ -19,41 +25,86 @@ from tgate_processors.measure.sheet import sheet
 from tgate_processors.schedule import TGateConfig
 
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+KEYWORD = "tgate-processors"  # under which a picture has its settings
+
+
 @dataclass(frozen=True)
 class Job:
-    """One picture to make; what is written into it, so that a second run knows it.
+    """One picture to make, and all that makes it what it is: a second run knows the picture by that.
 
     Args:
         prompt: What to draw.
         seed: Of its noise.
-        steps: Denoising steps; None: the pipeline's own.
-        guidance: Scale of classifier-free guidance; None: the pipeline's own.
+        steps: Denoising steps; None: the pipeline has no such setting.
+        guidance_scale: Of classifier-free guidance; None: the pipeline has no such setting.
         config: The gate's settings.
         with_stock: Whether the stock pipeline's picture stands left of it.
+        model: Name of the pipeline.
+        weights: Its `fingerprint`.
+        dtype: Of its weights.
+        device: Kind of its device.
     """
 
     prompt: str
     seed: int
     steps: int | None
-    guidance: float | None
+    guidance_scale: float | None
     config: TGateConfig
-    with_stock: bool = False
+    with_stock: bool
+    model: str
+    weights: str
+    dtype: str
+    device: str
 
-    def __str__(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+    def record(self) -> dict[str, Any]:
+        """All settings by their names, as JSON has them."""
+        settings = asdict(self)
+        return {**settings.pop("config"), **settings}
+
+
+def given_or_own(given: float | None, pipe: Any, name: str) -> Any:
+    """A setting of a pipeline's call: as given, or the pipeline's own; None where that is no number."""
+    if given is not None:
+        return given
+    parameter = signature(pipe.__call__).parameters.get(name)
+    return parameter.default if parameter is not None and isinstance(parameter.default, int | float) else None
+
+
+def fingerprint(pipe: Any) -> str:
+    """Of a pipeline's weights and of the settings of its parts: a folder or a name may come to hold others."""
+    digest = hashlib.sha256(type(pipe).__name__.encode())
+    for name, part in sorted(pipe.components.items()):
+        digest.update(f"{name} {type(part).__name__} {_settings_of(part)}".encode())
+        for key, value in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _settings_of(part: Any) -> list[tuple[str, Any]]:
+    config = getattr(part, "config", None)
+    public = config.items() if isinstance(config, Mapping) else ()  # a model of transformers has its class's
+    return sorted((name, value) for name, value in public if not name.startswith("_"))
 
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines are left out.
 
     Raises:
-        ConfigError: There is no such file, or no prompt in it.
+        ConfigError: There is no such file, no prompt in it, or it is not text.
     """
+    rule = f"`--prompts` must be a text file in UTF-8 with a prompt on each line, got {str(path)!r}"
     if not path.is_file():
-        raise ConfigError(f"`--prompts` must be a text file with a prompt on each line, got {str(path)!r}: no file.")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        raise ConfigError(f"{rule}: no file. Pass one that is there.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{rule}: byte {error.start} is not. Save it in UTF-8.") from error
+    # not `splitlines`, which ends a line at other characters too
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise ConfigError(f"`--prompts` must be a text file with a prompt on each line, got {str(path)!r}: empty.")
+        raise ConfigError(f"{rule}: empty. Write one.")
     return prompts
 
 
@@ -72,21 +123,22 @@ def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | Non
         The paths of this process's pictures.
 
     Raises:
-        ConfigError: `folder` holds a picture of that name that was made with other settings.
+        ConfigError: `folder` holds a picture of another job; nothing is drawn.
     """
     share = share or Share()
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(jobs) - 1))
     paths = {folder / f"{index:0{digits}}-{_slug(job.prompt)}.png": job for index, job in enumerate(jobs)}
+    _require_no_other(folder, paths)
     mine = dict(share.of(list(paths.items())))
-    missing = {path: job for path, job in mine.items() if not _is_made(path, job)}
+    missing = {path: job for path, job in mine.items() if not _is_whole(path)}
     bar = tqdm(missing.items(), desc="drawing", unit="picture", initial=len(mine) - len(missing), total=len(mine))
     bar.disable = share.index > 0
     for path, job in bar:
-        picture = _draw(pipe, job, gated=True)
+        gated = picture = _draw(pipe, job, gated=True)
         if job.with_stock:
-            picture = _beside(_draw(pipe, job, gated=False), picture, job)
-        _save(picture, path, job)
+            picture = _beside(_draw(pipe, job, gated=False), gated, job)
+        _save(picture, path, job.record() | {"size": gated.size})
     return list(mine)
 
 
@@ -94,8 +146,8 @@ def _draw(pipe: Any, job: Job, *, gated: bool) -> Image.Image:
     kwargs: dict[str, Any] = {"generator": torch.Generator().manual_seed(job.seed)}
     if job.steps is not None:
         kwargs["num_inference_steps"] = job.steps
-    if job.guidance is not None:
-        kwargs["guidance_scale"] = job.guidance
+    if job.guidance_scale is not None:
+        kwargs["guidance_scale"] = job.guidance_scale
     way = ways.gated(job.config, "gated") if gated else ways.stock()
     with way.on(pipe) as changes:
         output = pipe(job.prompt, **kwargs | changes)
@@ -109,7 +161,7 @@ def _draw(pipe: Any, job: Job, *, gated: bool) -> Image.Image:
 
 
 def _beside(stock: Image.Image, gated: Image.Image, job: Job) -> Image.Image:
-    said = {"steps": job.steps, "guidance scale": job.guidance, "seed": job.seed}
+    said = {"steps": job.steps, "guidance scale": job.guidance_scale, "seed": job.seed}
     settings = [f"{name} {value}" for name, value in said.items() if value is not None]
     return sheet(
         [[stock, gated]],
@@ -119,23 +171,75 @@ def _beside(stock: Image.Image, gated: Image.Image, job: Job) -> Image.Image:
     )
 
 
-def _save(picture: Image.Image, path: Path, job: Job) -> None:
-    settings = PngInfo()
-    settings.add_text("tgate-processors", str(job))
+def _save(picture: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    written = PngInfo()
+    written.add_text(KEYWORD, json.dumps(settings, sort_keys=True))
     unfinished = path.with_suffix(".unfinished")
-    picture.save(unfinished, format="PNG", pnginfo=settings)
-    unfinished.replace(path)
+    with writing("--out", path):
+        unfinished.unlink(missing_ok=True)  # of a run that was killed, or a link that was laid there
+        with unfinished.open("xb") as file:  # which follows no link
+            picture.save(file, format="PNG", pnginfo=written)
+        unfinished.replace(path)
 
 
-def _is_made(path: Path, job: Job) -> bool:
+def _require_no_other(folder: Path, jobs: Mapping[Path, Job]) -> None:
+    for path in sorted(folder.glob("*.png")):
+        if said := _said_against(path, jobs.get(path)):
+            raise ConfigError(
+                f"`--out` must hold no picture of other settings, got {str(path)!r} {said}. "
+                "Remove it, or choose another folder."
+            )
+
+
+def _said_against(path: Path, job: Job | None) -> str | None:
+    """Why a picture is not the job's, nor somebody else's and in nobody's way; None where nothing is wrong."""
+    found = _settings_in(path)
+    if job is None:
+        return None if found is None else "of another prompt or another place among them"
+    if found is None:
+        return None if _has_nothing(path) else "without settings"
+    wanted = job.record()
+    other = [f"`{name}`" for name in wanted if name not in found or found[name] != wanted[name]]
+    return f"of another {', '.join(other)}" if other else None
+
+
+def _settings_in(path: Path) -> dict[str, Any] | None:
+    """What this command wrote into a picture; None: nothing."""
+    with path.open("rb") as file:
+        before_pixels = takewhile(lambda chunk: chunk[0] != b"IDAT", _chunks(file))
+        texts = [body for kind, body in before_pixels if kind == b"tEXt" and body.startswith(f"{KEYWORD}\0".encode())]
+    if not texts:
+        return None
+    try:
+        settings = json.loads(texts[0].split(b"\0", 1)[1])
+    except (ValueError, RecursionError):
+        settings = {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
-    with Image.open(path) as picture:
-        if picture.info.get("tgate-processors") == str(job):
-            return True
-    raise ConfigError(
-        f"`--out` must hold no picture of other settings, got {str(path)!r}. Remove it, or choose another folder."
-    )
+    with path.open("rb") as file:
+        return any(kind == b"IEND" for kind, _ in _chunks(file))
+
+
+def _has_nothing(path: Path) -> bool:
+    """Whether a file is the beginning of a picture, cut off before its pixels."""
+    data = path.read_bytes()
+    return SIGNATURE.startswith(data[: len(SIGNATURE)]) and b"IDAT" not in data
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    """The whole parts of a PNG file, each its kind and its body, up to where it is cut off or damaged."""
+    if file.read(len(SIGNATURE)) != SIGNATURE:
+        return
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body = file.read(length)
+        if file.read(4) != zlib.crc32(kind + body).to_bytes(4):
+            return
+        yield kind, body
 
 
 def _slug(prompt: str) -> str:

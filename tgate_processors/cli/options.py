@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -10,6 +11,7 @@ from typing import TypeAlias
 
 from tgate_processors import __version__
 from tgate_processors.errors import TGateError, UnsupportedPipelineError
+from tgate_processors.measure.interruption import INTERRUPTED
 from tgate_processors.schedule import TGateConfig
 
 
@@ -31,31 +33,53 @@ exit codes: 0 done; 1 something is missing or cannot be read or written; 2 a bad
 after which what was done is reported, or in its files."""
 
 DTYPES = ("float32", "float16", "bfloat16")
+RENAMED = {"num_inference_steps": "steps", "guidance": "guidance_scale", "pipe": "model"}  # Python's names here
+WORDS = ("prompt", "prompts", "text")  # those of `PROMPT`
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    options = parser().parse_args(arguments)
+    name = "tgate-processors"
+    try:
+        options = parser().parse_args(arguments)
+        name = f"{name} {options.command}"
+        code = _run(options)
+    except KeyboardInterrupt:
+        return _failed(name, "interrupted", INTERRUPTED)
+    except (UnsupportedPipelineError, ValueError) as error:
+        return _failed(name, _in_options(str(error), options), 2)
+    except (TGateError, OSError) as error:
+        return _failed(name, _in_options(str(error), options), 1)
+    if code == INTERRUPTED:
+        return _failed(name, "interrupted: this is of what was done", code)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that nothing here needs
     from tgate_processors.cli import commands  # a help text must not wait for diffusers' pipelines
 
-    try:
-        code: int = getattr(commands, f"run_{options.command}")(options)
-    except KeyboardInterrupt:
-        return _failed(options, "interrupted", commands.INTERRUPTED)
-    except (UnsupportedPipelineError, ValueError) as error:
-        return _failed(options, str(error), 2)
-    except (TGateError, OSError) as error:
-        return _failed(options, str(error), 1)
-    if code == commands.INTERRUPTED:
-        return _failed(options, "interrupted: this is of what was done", code)
+    code: int = getattr(commands, f"run_{options.command}")(options)
     return code
 
 
-def _failed(options: argparse.Namespace, message: str, code: int) -> int:
-    print(f"tgate-processors {options.command}: {message}", file=sys.stderr)
+def _failed(name: str, message: str, code: int) -> int:
+    line = re.sub(r"\s*\n\s*", " ", message)
+    print(f"{name}: {line}", file=sys.stderr)
     return code
+
+
+def _in_options(message: str, options: argparse.Namespace) -> str:
+    """The message of a Python call, in which the command's options stand for arguments."""
+
+    def option(argument: re.Match[str]) -> str:
+        name = RENAMED.get(argument[1], argument[1])
+        if name in WORDS:
+            return "`PROMPT"
+        return f"`--{name.replace('_', '-')}" if name in vars(options) else argument[0]
+
+    return re.sub(r"`(\w+)(?:=True)?(?=[`=])", option, message)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tgate_processors.errors import MissingPackageError
+from tgate_processors.errors import ConfigError, MissingPackageError
 
 
 T = TypeVar("T")
@@ -45,6 +45,23 @@ def device_of_this_process() -> torch.device:
     if state is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device: torch.device = state.device
+    return device
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, tried.
+
+    Raises:
+        ConfigError: There is none here, or it holds no values.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device is missing in its own way
+        raise ConfigError(
+            f"`--device` must be a device of this machine, such as cpu, got {name!r}. "
+            "Leave it out for the first accelerator."
+        ) from error
     return device
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,9 +78,14 @@ class Convergence:
         return median_low(self.gate_steps(tolerance))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the layers and the settings as its metadata."""
+        """Write a safetensors file with the layers and the settings as its metadata.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         metadata = {"layers": json.dumps(self.layers), "settings": json.dumps(self.settings)}
-        save_file({"changes": self.changes.contiguous()}, path, metadata)
+        # not `save_file`, whose errors are no OSError, and which puts another file where `path` is a link
+        Path(path).write_bytes(save({"changes": self.changes.contiguous()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Convergence":
@@ -90,13 +95,48 @@ class Convergence:
             ConfigError: There is no such file, or it holds something else.
         """
         if not Path(path).is_file():
-            raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r}: no file.")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if not {"layers", "settings"} <= metadata.keys():
-                raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r} of something else.")
-            layers, settings = (json.loads(metadata[name]) for name in ("layers", "settings"))
-            return cls(file.get_tensor("changes"), tuple(layers), settings)
+            raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r}: no file. Pass one.")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                layers, settings = (json.loads(metadata[name]) for name in ("layers", "settings"))
+                changes = file.get_tensor("changes")
+            fault = _fault_in(changes, layers, settings)
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            fault = f"{type(error).__name__}: {error}"
+        if fault is not None:
+            raise ConfigError(
+                f"`path` must be a file that `save` wrote, got {str(path)!r} of something else ({fault}). "
+                "Pass another, or measure again."
+            )
+        return cls(changes, tuple(layers), settings)
+
+
+def _fault_in(changes: Tensor, layers: Any, settings: Any) -> str | None:
+    """What no `save` writes; None where nothing is wrong."""
+    if changes.dtype not in (torch.float32, torch.float64) or changes.ndim != 3 or not changes.numel():
+        return f"changes of {changes.dtype} and shape {tuple(changes.shape)}"
+    if not (changes.isfinite() & (changes >= 0)).all():
+        return "changes that are no numbers from 0 on"
+    if not _are_words(layers) or len(layers) != changes.shape[2]:
+        return f"no names of {changes.shape[2]} layers"
+    return _fault_in_settings(settings, len(changes))
+
+
+def _fault_in_settings(settings: Any, count: int) -> str | None:
+    """Of those that the suggestion and the plot read."""
+    if not isinstance(settings, dict):
+        return "settings that are no object"
+    if not _are_words([settings.get("pipeline"), settings.get("scheduler")]):
+        return "settings without pipeline and scheduler"
+    steps, prompts = settings.get("num_inference_steps"), settings.get("prompts")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        return f"num_inference_steps {steps!r}"
+    return None if _are_words(prompts) and len(prompts) == count else f"no {count} prompts"
+
+
+def _are_words(values: Any) -> TypeGuard[list[str]]:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def measure_convergence(
