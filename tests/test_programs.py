@@ -310,10 +310,8 @@ class Program(RuleBasedStateMachine):
         number %= len(self.networks)
         timesteps = self.pipe(who).scheduler.timesteps
         step = {"first": 0, "this": self.step, "next": self.step + 1}.get(time)
-        if step is None or timesteps is None:  # PNDM has none before its first run
-            timestep = torch.tensor(7)
-        else:
-            timestep = timesteps[step % len(timesteps)]
+        is_known = step is not None and timesteps is not None  # PNDM has none before its first run
+        timestep = timesteps[step % len(timesteps)] if is_known else torch.tensor(7)
         within = self.setting if self.kind.perturbs else None
         answered = answer(self.pipe(who), self.kind, number, timestep, within or 0)
         assert is_equal(answered, fresh_answer(self.kind, self.processors, number, timestep.item(), within))

@@ -28,7 +28,7 @@ def attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
     layers = {
         f"{name}.processor": layer for name, layer in denoiser.named_modules() if hasattr(layer, "set_processor")
     }
-    return {name.removeprefix("_orig_mod."): layer for name, layer in layers.items()}  # torch.compile's wrapper
+    return {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}  # torch.compile's wrappers
 
 
 def set_processors(denoiser: torch.nn.Module, processors: Mapping[str, Any]) -> None:

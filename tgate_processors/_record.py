@@ -33,14 +33,19 @@ class Record:
     Attributes:
         evaluations: Those that were computed, in order.
         inputs: What the pipeline gave, without values: one for all calls of the same shapes.
-        given: Which of `inputs` each call was given, with those that were left out.
+        left_out: Which of `inputs` each call was given that was left out.
     """
 
     def __init__(self) -> None:
         self.evaluations: list[Evaluation] = []
         self.inputs: list[Inputs] = []
-        self.given: list[int] = []
+        self.left_out: list[int] = []
         self._shapes: dict[tuple[torch.Size, ...], int] = {}
+
+    @property
+    def given(self) -> list[int]:
+        """Which of `inputs` each call was given that was answered, in no order."""
+        return [evaluation.given for evaluation in self.evaluations] + self.left_out
 
     def batch_of(self, given: int) -> int:
         """The batch of one of `inputs`."""
@@ -52,7 +57,6 @@ class Record:
         index = self._shapes.setdefault(shapes, len(self.inputs))
         if index == len(self.inputs):
             self.inputs.append(on_meta(inputs))
-        self.given.append(index)
         return index
 
 

@@ -216,6 +216,7 @@ class Part:
         self.most_calls = max(self.most_calls, self.calls)
         if call.number and self._answer is not None and self.strategy.leaves_out(call.number):
             call.answer = self._answer
+            self.record.left_out.append(call.given)
             return call
         if run.step >= run.gate_step - 1:  # before, nothing depends on it
             call.has_halves = self.strategy.has_halves(inputs, does_guidance(), step=run.step, calls=self.most_calls)

@@ -117,7 +117,7 @@ def summarize(loop: Loop) -> Summary:
             if part is not None:
                 counter = _counter(network.module, part, loop.deepcache if network in loop.denoisers else None, notes)
                 cost += counter.of(part.record.evaluations)
-                stock_macs += counter.stock(_given(part)).macs
+                stock_macs += counter.stock(part.record.given).macs
     except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
         notes.append(f"the arithmetic could not be counted: {type(error).__name__}: {error}".splitlines()[0])
         cost, stock_macs = Cost(), 0
@@ -144,17 +144,11 @@ def _dropped_guidance(run: PipelineRun) -> bool:
     """Whether anything of guidance was left out, or was about to be."""
     parts = run.parts.values()
     halved = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
-    return any(len(_given(part)) > len(part.record.evaluations) for part in parts) or any(
+    return any(part.record.left_out for part in parts) or any(
         evaluation.mode.cross_attention in halved or evaluation.batch < part.record.batch_of(evaluation.given)
         for part in parts
         for evaluation in part.record.evaluations
     )
-
-
-def _given(part: Part) -> list[int]:
-    """What its calls were given, less the call in which the run failed; where branches are calls, that one too."""
-    record = part.record
-    return record.given if part.most_calls > 1 else record.given[: len(record.evaluations)]
 
 
 def _counter(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:
