@@ -7,7 +7,8 @@ import torch
 from tiny import tiny
 
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
-from tgate_processors._cost import Cost, NetworkCost, meta_copy
+from tgate_processors._copying import meta_copy
+from tgate_processors._cost import Cost, NetworkCost
 from tgate_processors._modes import StepMode
 from tgate_processors._record import Evaluation, on_meta
 from tgate_processors.cli import main

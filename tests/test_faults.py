@@ -1013,7 +1013,8 @@ def test_a_loop_that_is_not_known_and_calls_several_times(branches, converts, pi
     pipe.set_progress_bar_config(disable=True)
     kwargs = call(WAN, pictures=range(pictures))
     prompts = [kwargs["prompt_embeds"] * factor for factor in (1.0, -0.5, 0.3)[:branches]]
-    arguments = (kwargs["latents"], prompts, 6)
+    same_noise = kwargs["latents"][:1].repeat(pictures, *[1] * (kwargs["latents"].ndim - 1))  # no halves of guidance
+    arguments = (same_noise, prompts, 6)
     stock = pipe(*arguments)[0]
     with apply_tgate(pipe, TGateConfig(gate_step=6)) as tgate:
         assert torch.equal(pipe(*arguments, callback_on_step_end=tgate)[0], stock)
@@ -1057,7 +1058,7 @@ class Reference(diffusers.StableDiffusionPipeline):
         self.scheduler.set_timesteps(6)
         text = torch.cat([negative_prompt_embeds, prompt_embeds])
         for i, t in enumerate(self.scheduler.timesteps):
-            shift = self.unet(reference, t, encoder_hidden_states=text).sample.mean()
+            shift = self.unet(reference, t, encoder_hidden_states=text.repeat(2, 1, 1)).sample.mean()
             both = self.unet(torch.cat([latents, latents]), t, encoder_hidden_states=text).sample
             negative, positive = both.chunk(2)
             latents = self.scheduler.step(negative + 5 * (positive - negative) + shift, t, latents).prev_sample
@@ -1068,11 +1069,11 @@ class Reference(diffusers.StableDiffusionPipeline):
 
 @pytest.mark.parametrize("handle", [False, True])
 def test_a_loop_of_ones_own_over_a_known_class_that_evaluates_twice_in_a_step(handle):
-    """The reference's batch of two pictures is not two halves. Both evaluations reuse what they stored."""
+    """The reference is not two halves, and guidance is kept. Both evaluations reuse what they stored."""
     parts = build().components
     pipe = Reference(**parts, requires_safety_checker=False)
     kwargs = {n: call()[n] for n in ("latents", "prompt_embeds", "negative_prompt_embeds")}
-    kwargs |= {"reference": of_pictures([5, 6], 4, 8, 8)}
+    kwargs |= {"reference": of_pictures([5, 6, 7, 8], 4, 8, 8)}
     stock = pipe(**kwargs)[0]
 
     def run(config):
@@ -1082,7 +1083,7 @@ def test_a_loop_of_ones_own_over_a_known_class_that_evaluates_twice_in_a_step(ha
     assert torch.equal(run(TGateConfig(gate_step=6))[0], stock)
     for gate_step in (1, 2):
         latents, summary = run(TGateConfig(gate_step=gate_step))
-        assert summary.batches == (2,) * 12
+        assert summary.batches == (4, 2) * 6
         assert summary.cost.cross_reused == 2 * (6 - gate_step) * len(cross_attention_layers(pipe.unet))
         assert not torch.equal(latents, stock)
 

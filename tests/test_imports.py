@@ -33,6 +33,7 @@ ORDER = [
     "_deepcache",
     "_pipelines",
     "_loop",
+    "_copying",
     "_cost",
     "summary",
     "handle",

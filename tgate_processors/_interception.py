@@ -65,8 +65,6 @@ def _intercepted_class(base: Any, intercepted: "weakref.ref[torch.nn.Module]", i
         return interceptor.around(functools.partial(base.__call__, self), args, kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        if type(self) is not cls:
-            return base.__reduce_ex__(self, protocol)
         return object.__new__, (base,), *base.__reduce_ex__(self, 2)[2:]
 
     # The same name, so that `save_pretrained` writes the class that can be loaded.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from tgate_processors._cost import Cost, NetworkCost, meta_copy
+from tgate_processors._copying import meta_copy
+from tgate_processors._cost import Cost, NetworkCost
 from tgate_processors._layers import attention_layers
 from tgate_processors._loop import Loop, PipelineRun
 from tgate_processors._modes import AttentionMode, Phase
@@ -153,8 +154,7 @@ def _dropped_guidance(run: PipelineRun) -> bool:
 
 def _counter(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:
     """What counts a network's evaluations; it says what it counts otherwise than it was."""
-    # `torch.compile`'s wrappers of blocks are not copied
-    processors = {name.replace("_orig_mod.", ""): processor for name, processor in part.processors.items()}
+    processors = part.processors
     model = meta_copy(module, processors)
     pairs = {(_name(processors.get(name)), _name(layer.processor)) for name, layer in attention_layers(model).items()}
     notes.extend(f"layers with {was} are counted as {is_now}" for was, is_now in sorted(pairs) if was != is_now)

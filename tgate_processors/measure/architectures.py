@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tgate_processors._cost import build_on_meta
+from tgate_processors._copying import build_on_meta
 from tgate_processors._folding import Inputs
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 

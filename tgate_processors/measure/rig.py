@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tgate_processors._cost import structural_copy
+from tgate_processors._copying import structural_copy
 from tgate_processors._validation import require_whole
 from tgate_processors.errors import ConfigError
 from tgate_processors.measure.architectures import Architecture
