@@ -415,10 +415,7 @@ def given_to(network):
 @pytest.mark.parametrize("name", [SD, WAN, "SanaPipeline"])
 @pytest.mark.parametrize("at", range(STEPS))
 def test_a_call_of_ones_own_in_a_callback(name, at, way):
-    """Of the first step, the last and the next: the network's own answers, and the run goes on.
-
-    Where the handle was forgotten, a callback is taken for the loop, but each timestep has its one call.
-    """
+    """Of the first step, the last and the next: the network's own answers, and the run goes on."""
     if way == "forgotten handle" and name == "SanaPipeline":
         pytest.skip("it converts its timesteps, so without the handle nobody can tell the step")
     pipe, answers = build(name), []
@@ -430,7 +427,7 @@ def test_a_call_of_ones_own_in_a_callback(name, at, way):
 
     def looks(pipe, step, timestep, callback_kwargs):
         if next(steps) == at:
-            for position in {at} if way == "forgotten handle" else {0, at, min(at + 1, STEPS - 1)}:
+            for position in {0, at, min(at + 1, STEPS - 1)}:
                 now = pipe.scheduler.timesteps[position]
                 if len(args) > 1:
                     inputs = (args[0], now), kwargs
@@ -520,6 +517,28 @@ def test_an_ungated_pipeline_that_shares_network_and_scheduler():
         for _ in range(2):
             assert torch.equal(other(**call())[0], stock)
             assert torch.equal(pipe(**call(), callback_on_step_end=tgate)[0], fresh())
+
+
+def test_a_call_of_a_controlnet_from_within_an_evaluation_of_the_denoiser():
+    name = "StableDiffusionControlNetPipeline"
+    pipe, answers = build(name), []
+    given, hook = given_to(pipe.controlnet)
+    pipe(**call(name))
+    hook.remove()
+    args, kwargs = given[0]
+    with torch.no_grad():
+        own = pipe.controlnet(*args, **kwargs)[1]
+
+    def calls(*_):
+        following = pipe.scheduler.timesteps[(len(answers) + 1) % STEPS]
+        pipe.controlnet(args[0], following, *args[2:], **kwargs)
+        answers.append(pipe.controlnet(*args, **kwargs)[1])
+
+    hook = pipe.unet.conv_out.register_forward_pre_hook(calls)
+    latents, _ = gated(pipe, call(name))
+    hook.remove()
+    assert torch.equal(latents, fresh(name))
+    assert [torch.equal(answer, own) for answer in answers] == [True] * STEPS
 
 
 # Threads

@@ -48,11 +48,12 @@ STEPS = 12  # of a program
 pipelines = st.sampled_from(["main", "main", "own", "shared"])
 calls = st.builds(Call, st.integers(1, 6), st.integers(1, 2), st.integers(0, 3), st.booleans())
 configs = st.integers(0, len(CONFIGS) - 1)
-passed = st.sampled_from(["alone", "alone", "before", "after", "forgotten"])
-few = st.integers(0, 5)
+passed = st.sampled_from(["alone", "before", "after", "forgotten"])
+few = st.integers(0, 3)
 times = st.sampled_from(["of its own", "first", "this", "next"])
 direct = st.tuples(st.just("direct"), st.integers(0, 1), times)  # of which network, and what time it is given
 own_business = st.one_of(
+    direct,
     direct,
     st.tuples(st.just("copies"), st.booleans()),
     st.tuples(st.just("talks"), st.booleans()),
@@ -130,7 +131,7 @@ class Program(RuleBasedStateMachine):
         if not self.gates:
             self.has_no_trace()
 
-    @rule(who=pipelines, call=calls, passed=passed, events=st.lists(st.tuples(few, events), max_size=2))
+    @rule(who=pipelines, call=calls, passed=passed, events=st.lists(st.tuples(few, events), max_size=3))
     def run(self, who, call, passed, events):
         """Run a pipeline, with things going on in its callback."""
         self.draws(who, call, passed, events)
@@ -205,7 +206,7 @@ class Program(RuleBasedStateMachine):
         self.step = step
         self.does(who, Call(2).of(self.kind), event)
 
-    @rule(who=st.sampled_from(["main", "own"]), scheduler=few)
+    @rule(who=st.sampled_from(["main", "own"]), scheduler=st.integers(0, 5))
     def change_the_scheduler(self, who, scheduler):
         scheduler %= len(self.kind.schedulers)
         self.pipe(who).scheduler = self.kind.schedulers[scheduler]()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tgate_processors._callers import callers
+from tgate_processors._callers import NotTheLoop, callers
 from tgate_processors._checkpointing import checkpoints_kept
 from tgate_processors._folding import Inputs, timestep_of
 from tgate_processors._gated_layers import GatedLayers, Taken
@@ -37,7 +37,7 @@ class EvaluatesNetworks(Protocol):
         """Take note of an evaluation that was claimed."""
 
 
-class GatedNetwork:
+class GatedNetwork(NotTheLoop):
     """A network whose layers are gated, whichever pipelines evaluate it.
 
     A call that no pipeline's run claims is the network's own: its layers only compute. One call at a time is inside,
@@ -151,7 +151,7 @@ class GatedNetwork:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _claimed(self, inputs: Inputs) -> tuple[EvaluatesNetworks | None, Part | None]:
-        stack = callers()
+        stack = callers(but=self)
         caller = next(stack, None)
         for loop in self.loops:
             part = loop.claim(self, timestep_of(inputs)) if loop.pipe is caller else None

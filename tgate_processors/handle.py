@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from tgate_processors import _pipelines as pipelines
-from tgate_processors._callers import StepCallback
+from tgate_processors._callers import NotTheLoop
 from tgate_processors._deepcache import is_enabled
 from tgate_processors._installation import is_gated
 from tgate_processors._interception import interceptor_of
@@ -97,7 +97,7 @@ def loops_on(denoiser: torch.nn.Module) -> list[Any]:
     return list(network.loops) if isinstance(network, GatedNetwork) else []
 
 
-class TGate(StepCallback):
+class TGate(NotTheLoop):
     """What `apply_tgate` put on a pipeline. Made by it alone.
 
     Attributes:
