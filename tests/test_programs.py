@@ -45,7 +45,7 @@ PROGRAMS = int(os.environ.get("TGATE_PROGRAMS", "49"))  # of all kinds together;
 STEPS = 12  # of a program
 
 # The pipeline that a program is about, a sibling with a scheduler of its own, and one that shares the scheduler.
-pipelines = st.sampled_from(["main", "main", "own", "shared"])
+pipelines = st.sampled_from(["main", "main", "main", "own", "shared"])
 calls = st.builds(Call, st.integers(1, 6), st.integers(1, 2), st.integers(0, 3), st.booleans())
 configs = st.integers(0, len(CONFIGS) - 1)
 passed = st.sampled_from(["alone", "before", "after", "forgotten"])
@@ -100,11 +100,9 @@ class Program(RuleBasedStateMachine):
 
     # Rules
 
-    @initialize(config=st.none() | configs)
+    @initialize(config=configs)
     def begin(self, config):
-        """Most programs begin with a gated pipeline."""
-        if config is not None:
-            self.apply("main", config)
+        self.apply("main", config)
 
     @rule(who=pipelines, config=configs)
     def apply(self, who, config):
@@ -119,9 +117,9 @@ class Program(RuleBasedStateMachine):
         else:
             self.gates[who] = apply_tgate(pipe, CONFIGS[config]), config
 
-    @rule(who=pipelines)
-    def remove(self, who):
-        """Take a gate off, twice; after the last one there is no trace."""
+    @rule(who=pipelines, config=st.none() | configs)
+    def remove(self, who, config=None):
+        """Take a gate off, twice; after the last one there is no trace. Another may follow."""
         if who in self.gates:
             tgate, _ = self.gates.pop(who)
             self.last.pop(who, None)
@@ -130,11 +128,18 @@ class Program(RuleBasedStateMachine):
                 tgate.remove()
         if not self.gates:
             self.has_no_trace()
+        if config is not None:
+            self.apply(who, config)
 
     @rule(who=pipelines, call=calls, passed=passed, events=st.lists(st.tuples(few, events), max_size=3))
     def run(self, who, call, passed, events):
         """Run a pipeline, with things going on in its callback."""
         self.draws(who, call, passed, events)
+
+    @rule(call=calls, passed=passed, at=few, number=st.integers(0, 1), time=times)
+    def run_with_a_call_in_its_callback(self, call, passed, at, number, time):
+        """Call a network in the callback of the run that evaluates it."""
+        self.draws("main", call, passed, [(at, ("direct", number, time))])
 
     @rule(
         who=pipelines,
@@ -146,14 +151,15 @@ class Program(RuleBasedStateMachine):
     )
     def run_that_is_ended(self, who, call, passed, how, at, looks):
         """A run that is cancelled, or whose gate is removed, in its callback."""
+        call = call.of(self.kind)
         if how == "cancel" and not hasattr(self.pipe(who), "interrupt"):
             how = "remove"
         with self.saying_what_was_replaced():
-            self.draws(who, call, passed, end=(how, at))
+            self.draws(who, call, passed, end=(how, at % call.steps))
         if how == "remove" and who in self.gates:
             if "removed" in repr(self.gates[who][0]):
                 del self.gates[who]
-                self.is_perturbed |= call.of(self.kind).perturbs(self.kind)  # it put back what it found
+                self.is_perturbed |= call.perturbs(self.kind)  # it put back what it found
             if not self.gates:
                 self.has_no_trace()
             return
@@ -296,7 +302,7 @@ class Program(RuleBasedStateMachine):
 
     def does_in_a_callback(self, who, call, events, ending, pipe, step):
         for at, event in events:
-            if at == step:
+            if at % call.steps == step:
                 self.step = step
                 self.does(who, call, event)
         if ending is not None and ending[1] == step:
@@ -368,6 +374,9 @@ class Program(RuleBasedStateMachine):
         setattr(saved, part_of(saved), loaded)
         assert is_equal(answer(saved, self.kind, 0, torch.tensor(7)), fresh_answer(self.kind, 0, 0, 7))
 
+    def raises(self, who, call, error):
+        raise error
+
     @contextmanager
     def failing(self, who, where, error, at):
         """Have a run fail at evaluation or step `at`; gives the events of its callback."""
@@ -378,8 +387,7 @@ class Program(RuleBasedStateMachine):
                 raise error
 
         if where == "callback":
-            self.fails = lambda *_: fails()
-            yield [(step, ("fails",)) for step in range(10)]
+            yield [(at, ("raises", error))]
         elif where == "scheduler":
             scheduler, step = self.pipe(who).scheduler, self.pipe(who).scheduler.step
             scheduler.step = lambda *args, **kwargs: fails() or step(*args, **kwargs)
