@@ -359,6 +359,20 @@ def test_a_run_that_is_cancelled_by_a_callback_after_the_handle():
     assert torch.equal(pipe(**call(), callback_on_step_end=tgate)[0], fresh())
 
 
+def test_an_aborted_run_is_let_go_when_another_pipeline_runs():
+    pipe = build()
+    other = sibling(pipe)
+    fail = raising(GATE)
+    tgate = apply_tgate(pipe, CONFIG, callback_on_step_end=lambda pipe, step, timestep, kw: fail() or kw)
+    other_tgate = apply_tgate(other, CONFIG)
+    with pytest.raises(Stop):
+        pipe(**call(), callback_on_step_end=tgate)
+    assert tgate.gate.cache_bytes > 0
+    other(**call(), callback_on_step_end=other_tgate)
+    assert tgate.gate.is_over
+    assert tgate.gate.cache_bytes == 0
+
+
 def test_five_hundred_runs_with_failures_do_not_grow():
     pipe = build()
     tgate = apply_tgate(pipe, CONFIG)

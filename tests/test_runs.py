@@ -317,3 +317,31 @@ def test_a_run_of_calls_for_each_branch_is_over_with_its_last_one(guidance_scale
         pipe(**ENTRIES["WanPipeline"].call([0]) | {"guidance_scale": guidance_scale})
         assert tgate.gate.is_over
         assert tgate.gate.cache_bytes == 0
+
+
+def test_a_run_of_one_step_is_over_where_no_callback_says_so():
+    subject = tiny("sd")
+    with apply_tgate(subject.pipe, TGateConfig(gate_step=1)) as tgate:
+        subject(num_inference_steps=1)
+        assert tgate.gate.is_over
+
+
+def test_a_second_denoiser_that_is_called_first_in_the_last_step_makes_all_its_calls():
+    pipe = seeded(ENTRIES["WanPipeline (two denoisers)"].build)
+    pipe.register_to_config(boundary_ratio=0.0)
+    timesteps = []
+
+    def look(module, args, kwargs):
+        timesteps.append(kwargs["timestep"])
+
+    hook = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    pipe(**ENTRIES["WanPipeline (two denoisers)"].call([0]))
+    hook.remove()
+    last, before = float(timesteps[-1].max()), float(timesteps[-3].max())
+    pipe.register_to_config(boundary_ratio=(last + before) / 2 / pipe.scheduler.config.num_train_timesteps)
+    calls = []
+    pipe.transformer_2.register_forward_pre_hook(lambda *_: calls.append(1))
+    with apply_tgate(pipe, TGateConfig(gate_step=99)) as tgate:
+        pipe(**ENTRIES["WanPipeline (two denoisers)"].call([0]), callback_on_step_end=tgate)
+        assert len(calls) == 2
+        assert len(tgate.summary().batches) == len(timesteps)

@@ -2,9 +2,12 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import diffusers
+import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
@@ -15,26 +18,32 @@ class NotTheLoop:
 
 PIPELINES = (DiffusionPipeline, ModularPipeline)
 OTHERS = (MultiPipelineCallbacks, PipelineCallback, NotTheLoop)
+LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, diffusers.__file__, __file__))
 
 
 def callers(but: Any = None) -> Iterator[Any]:
     """The pipelines whose methods are running in this thread, innermost first, and what stands between.
 
     A pipeline's loop is a method of it, so a call of a network belongs to the first that is given here. Where that is
-    a callback, or a network that is being evaluated, the call is no loop's.
+    a callback, or a network that is being evaluated, the call is no loop's. A callback may be any function: it is
+    known by being of another file than the pipeline, and of none of the libraries that a loop calls through.
 
     Args:
         but: An object to pass over.
     """
     frame: FrameType | None = sys._getframe(1)
+    strangers: set[str] = set()
     while frame is not None:
         code = frame.f_code
-        names = code.co_varnames[: code.co_argcount]
-        if names[:1] == ("self",):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, PIPELINES + OTHERS) and owner is not but:
+        owner = frame.f_locals.get("self") if code.co_varnames[:1] == ("self",) and code.co_argcount else None
+        if isinstance(owner, PIPELINES):
+            if strangers - {code.co_filename} and isinstance(owner, DiffusionPipeline):
+                yield code  # somebody's callback; a modular pipeline has none, and blocks of other files
+            yield owner
+            strangers = set()
+        elif isinstance(owner, OTHERS):
+            if owner is not but:
                 yield owner
-            names = names[1:]
-        if len(names) == 4 and isinstance(frame.f_locals.get(names[0]), DiffusionPipeline):
-            yield code  # somebody's `callback_on_step_end(pipe, step_index, timestep, callback_kwargs)`
+        elif not isinstance(owner, torch.nn.Module) and not code.co_filename.startswith(LIBRARIES):
+            strangers.add(code.co_filename)
         frame = frame.f_back

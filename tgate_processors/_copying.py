@@ -132,7 +132,7 @@ class _Copier:
                 vars(copied)[name] = OrderedDict()
             elif name in ("_parameters", "_buffers", "_modules"):
                 vars(copied)[name] = {key: self.copied(item) for key, item in value.items()}
-            elif name not in ("forward", "_compiled_call_impl"):
+            elif name not in ("forward", "_compiled_call_impl", "_diffusers_hook"):
                 vars(copied)[name] = self.copied(value)
         return copied
 

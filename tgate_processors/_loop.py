@@ -120,7 +120,7 @@ class Loop:
             if position is not None and self._is_next(run, network, position - run.first):
                 return self._part(run, network)
         position = position_in(timestep, now)
-        if run is None or run.timesteps is not now or (position is None and run.is_over):
+        if run is None or run.timesteps is not now or self._is_anothers(run, position):
             run = self._begin(position)
         elif run.is_seen:
             if position != run.first:
@@ -129,6 +129,11 @@ class Loop:
         elif not self._counts(run, network):
             return None
         return self._part(run, network)
+
+    def _is_anothers(self, run: PipelineRun, position: int | None) -> bool:
+        """Whether a call that no timestep assigns to a run is not of this one: it is over, or of another thread."""
+        is_assigned = run.is_seen and position is not None
+        return not is_assigned and (run.is_over or run.thread != threading.get_ident())
 
     def leaves(self, stack: Sequence[Any]) -> None:
         """Let the run go where its pipeline is no longer running in this thread: it failed, or was cancelled."""
@@ -180,7 +185,10 @@ class Loop:
         part = run.parts[network.layers]
         if run.closed and run.clock.num_steps <= FEW_STEPS and not part.leaves_out_guidance:
             _say_that_few_steps_gain_little()
-        is_last = 0 < run.position == run.clock.num_evaluations - 1 and part.calls == part.most_calls
+        # A network that is called first in the last step has as many calls to come as the others had.
+        most = max(one.most_calls for one in run.parts.values())
+        is_known = run.position > 0 or self._most_calls(run, part) == 1
+        is_last = is_known and run.position == run.clock.num_evaluations - 1 and part.calls == most
         if is_last or not (run.is_seen or self._takes_callback):
             run.move_to(run.position + 1)
 
@@ -192,6 +200,9 @@ class Loop:
         """
         self._check_is_not_overtaken(timestep)
         run = self.run
+        is_gated = all(self in network.loops for network in self.networks) and not self.replaced_networks()
+        if is_gated and run is not None and run.thread != threading.get_ident():
+            raise self._two_at_once()
         if run is None or step_index <= run.last_callback or not self._is_of(run, timestep):
             raise StateError(
                 "`callback_on_step_end` was called after a step in which the gated "
@@ -300,12 +311,15 @@ class Loop:
         is_new = position_in(timestep, now) is not None or self.run is None or now is not self.run.timesteps
         if is_seen or not is_new:
             del self._overtaken[threading.get_ident()]
-            raise StateError(
-                f"`pipe` must not run in two threads at once, got a second run of this {type(self.pipe).__name__} "
-                "while the first was going on. The two share a scheduler. Give each thread a pipeline of its own with "
-                "a scheduler of its own: `type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config("
-                "pipe.scheduler.config))`."
-            )
+            raise self._two_at_once()
+
+    def _two_at_once(self) -> StateError:
+        return StateError(
+            f"`pipe` must not run in two threads at once, got a second run of this {type(self.pipe).__name__} while "
+            "the first was going on. The two share a scheduler. Give each thread a pipeline of its own with a "
+            "scheduler of its own: `type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config("
+            "pipe.scheduler.config))`."
+        )
 
 
 @functools.cache

@@ -23,6 +23,7 @@ class EvaluatesNetworks(Protocol):
     reuses_self_attention: bool
 
     pipe: Any
+    run: Any
 
     def claim(self, network: "GatedNetwork", timestep: Any) -> Part | None:
         """What its run keeps of the network, if a call that the pipeline makes is one of a run; else None."""
@@ -154,13 +155,18 @@ class GatedNetwork(NotTheLoop):
         stack = callers(but=self)
         caller = next(stack, None)
         for loop in self.loops:
+            last = loop.run
             part = loop.claim(self, timestep_of(inputs)) if loop.pipe is caller else None
             if part is not None:
+                if loop.run is not last:  # a run begins: those of pipelines that are no longer running are let go
+                    self._let_go_of_others([caller, *stack])
                 return loop, part
-        running = [caller, *stack]
+        self._let_go_of_others([caller, *stack])
+        return None, None
+
+    def _let_go_of_others(self, running: Sequence[Any]) -> None:
         for loop in self.loops:
             loop.leaves(running)
-        return None, None
 
     def _checkpoints(self, call: Call, settings: dict[str, Any]) -> AbstractContextManager[None]:
         @contextmanager
