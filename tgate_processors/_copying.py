@@ -54,12 +54,11 @@ def _is_run(processor: Any) -> bool:
 
 
 def _copy_of(processor: Any) -> Any:
-    copier = _Copier(to_meta)
     if isinstance(processor, torch.nn.Module):
-        copied = copier.copied(processor)
+        copied = structural_copy(processor, to_meta)
     else:
         copied = copy.copy(processor)
-        vars(copied).update({name: copier.copied(value) for name, value in vars(copied).items()})
+        vars(copied).update(structural_copy(vars(processor), to_meta))
     if hasattr(copied, "_attention_backend"):
         copied._attention_backend = "native"  # others are not counted, or do not run without values
     return copied
@@ -75,7 +74,7 @@ def structural_copy(
     What compiles, offloads or hooks its forwards is left behind.
 
     Args:
-        network: The network.
+        network: The network, or what keeps parts of one in lists and dicts.
         change: Makes the copy's tensors.
         replace: Gives another module in a module's place, or None to copy it.
     """
@@ -94,7 +93,7 @@ class _Copier:
     def __init__(
         self,
         change: Callable[[torch.Tensor], torch.Tensor],
-        replace: Callable[[torch.nn.Module], torch.nn.Module | None] = lambda module: None,
+        replace: Callable[[torch.nn.Module], torch.nn.Module | None],
     ) -> None:
         self._change = change
         self._replace = replace
@@ -145,16 +144,8 @@ def _as_plain(module: Any) -> torch.nn.Module | None:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return torch.nn.Linear(module.in_features, module.out_features, device="meta")
     if isinstance(module, torch.nn.Conv2d):
-        return torch.nn.Conv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]  # two numbers
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            module.groups,
-            device="meta",
-        )
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        return torch.nn.Conv2d(**{name: getattr(module, name) for name in names}, device="meta")
     return None
 
 

@@ -4,7 +4,7 @@ The copy is stock and never gated: what a reused layer would cost is taken off. 
 written to: diffusers' own processors are copied, anybody else's are counted as diffusers' default.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from tgate_processors import _deepcache as dc
 from tgate_processors._folding import Inputs, map_tensors, sample_of, take_half, tensors_in
 from tgate_processors._layers import attention_layers, cross_attention_layers, is_joint
 from tgate_processors._modes import AttentionMode, StepMode
 from tgate_processors._record import Evaluation
+from tgate_processors._store import kinds
 
 
 # What counts as Linear and Conv; attention's two products and the like are matrix products beside these.
@@ -52,7 +54,7 @@ class _Layer:
     """What the calls of an attention layer cost in an evaluation that computes all, and what they put out."""
 
     is_cross: bool
-    is_gated: bool = True
+    is_gated: bool
     calls: int = 0
     macs: int = 0
     linear_and_conv_macs: int = 0
@@ -69,20 +71,14 @@ class _Profile:
 
     def cost(self, mode: StepMode, missed: Iterable[str] = ()) -> Cost:
         """What it costs in a mode; the layers in `missed` compute all the same."""
-        counted = Cost(self.macs, self.linear_and_conv_macs)
+        counted, modes = Cost(self.macs, self.linear_and_conv_macs), dict(kinds(mode))
         for name, layer in self.layers.items():
-            its_mode = mode.cross_attention if layer.is_cross else mode.self_attention
             kind = "cross" if layer.is_cross else "self"
-            if its_mode is AttentionMode.REUSE and layer.is_gated and name not in missed:
-                spared = {"macs": -layer.macs, "linear_and_conv_macs": -layer.linear_and_conv_macs}
-                counted += Cost(**spared, **{f"{kind}_reused": layer.calls})
+            if modes[layer.is_cross] is AttentionMode.REUSE and layer.is_gated and name not in missed:
+                counted += Cost(-layer.macs, -layer.linear_and_conv_macs, **{f"{kind}_reused": layer.calls})
             else:
                 counted += Cost(**{f"{kind}_computed": layer.calls})
         return counted
-
-    def output_bytes(self, *, cross: bool) -> int:
-        """Bytes that the layers of one kind put out, in single precision."""
-        return sum(layer.output_bytes for layer in self.layers.values() if layer.is_cross is cross)
 
 
 class NetworkCost:
@@ -113,9 +109,10 @@ class NetworkCost:
         """The most bytes of attention output that a run keeps, in single precision."""
         kept, peak = {True: 0, False: 0}, 0
         for evaluation in evaluations:
-            for cross, mode in ((True, evaluation.mode.cross_attention), (False, evaluation.mode.self_attention)):
+            layers = self._profile(evaluation).layers.values()
+            for cross, mode in kinds(evaluation.mode):
                 if mode.stores:
-                    put_out = self._profile(evaluation).output_bytes(cross=cross)
+                    put_out = sum(layer.output_bytes for layer in layers if layer.is_cross is cross)
                     kept[cross] = put_out if mode is AttentionMode.STORE else put_out // 2
                 elif mode is AttentionMode.COMPUTE:
                     kept[cross] = 0
@@ -158,43 +155,31 @@ def _count(model: Any, inputs: Inputs) -> _Profile:
     profile = _Profile()
     counter = FlopCounterMode(display=False)
     cross = cross_attention_layers(model)
-    hooks = []
-    for name, layer in attention_layers(model).items():
-        profile.layers[name] = counted = _Layer(name in cross, is_gated=not is_joint(layer))
-        before = _Before(counter)
-        hooks.append(layer.register_forward_pre_hook(before.note))
-        hooks.append(layer.register_forward_hook(_after(before, counted)))
-    try:
+    with ExitStack() as stack:
+        for name, layer in attention_layers(model).items():
+            profile.layers[name] = counted = _Layer(name in cross, is_gated=not is_joint(layer))
+            for hook in _count_calls(layer, counted, counter):
+                stack.callback(hook.remove)
         with torch.no_grad(), counter:
             model(*args, **kwargs)
-            profile.macs, profile.linear_and_conv_macs = _macs(counter)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    profile.layers = {name: layer for name, layer in profile.layers.items() if layer.calls}
+    profile.macs, profile.linear_and_conv_macs = _macs(counter)
     return profile
 
 
-class _Before:
-    """What was counted when a layer was called."""
+def _count_calls(layer: torch.nn.Module, counted: _Layer, counter: FlopCounterMode) -> tuple[RemovableHandle, ...]:
+    def subtract(*_: Any) -> None:
+        macs, linear_and_conv_macs = _macs(counter)
+        counted.macs -= macs
+        counted.linear_and_conv_macs -= linear_and_conv_macs
 
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self.counter = counter
-        self.macs = (0, 0)
-
-    def note(self, *_: Any) -> None:
-        self.macs = _macs(self.counter)
-
-
-def _after(before: _Before, counted: _Layer) -> Callable[..., None]:
     def add(layer: Any, args: Any, output: Any) -> None:
-        macs, linear_and_conv = _macs(before.counter)
+        macs, linear_and_conv_macs = _macs(counter)
+        counted.macs += macs
+        counted.linear_and_conv_macs += linear_and_conv_macs
         counted.calls += 1
-        counted.macs += macs - before.macs[0]
-        counted.linear_and_conv_macs += linear_and_conv - before.macs[1]
         counted.output_bytes += sum(tensor.nbytes for tensor in tensors_in(output))
 
-    return add
+    return layer.register_forward_pre_hook(subtract), layer.register_forward_hook(add)
 
 
 def _macs(counter: FlopCounterMode) -> tuple[int, int]:
