@@ -9,8 +9,9 @@ from tiny import tiny
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors._copying import meta_copy
 from tgate_processors._cost import Cost, NetworkCost
+from tgate_processors._folding import map_tensors
 from tgate_processors._modes import StepMode
-from tgate_processors._record import Evaluation, on_meta
+from tgate_processors._record import Evaluation, to_meta
 from tgate_processors.cli import main
 from tgate_processors.measure.architectures import ARCHITECTURES, Architecture, architecture
 from tgate_processors.measure.run_cost import PUBLISHED, run_cost, table_row
@@ -20,7 +21,8 @@ def test_a_transformer_block_by_hand():
     """PixArt with one layer: what reuse leaves out is the layer's four projections and two products."""
     subject = tiny("pixart-alpha")
     model = meta_copy(subject.denoiser)
-    inputs = on_meta(
+    inputs = map_tensors(
+        to_meta,
         (
             (torch.empty(2, 4, 8, 8),),
             {
@@ -29,7 +31,7 @@ def test_a_transformer_block_by_hand():
                 "timestep": torch.empty(2),
                 "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
             },
-        )
+        ),
     )
     kinds = [StepMode.PLANNING, StepMode.CLOSING_UNGUIDED, StepMode.FIDELITY]
     evaluations = [Evaluation(kind, 2) for kind in kinds]

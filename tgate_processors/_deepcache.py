@@ -63,18 +63,6 @@ def enabled(helper: Any) -> Iterator[None]:
                 vars(module).pop("forward", None)
 
 
-def make_next_step_full(helper: Any) -> None:
-    """Drop the deep features: DeepCache's interval begins anew with the next evaluation."""
-    helper.cached_output.clear()
-    helper.start_timestep = None
-
-
-def last_step_was_full(helper: Any) -> bool:
-    """Whether the last evaluation ran all layers."""
-    since = helper.cur_timestep - helper.start_timestep
-    return bool(since % helper.params["cache_interval"] == 0)
-
-
 class DeepFeatures:
     """What DeepCache keeps in one run: forgotten where it does not fit the gate.
 
@@ -95,8 +83,10 @@ class DeepFeatures:
 
     def was_shallow(self) -> bool:
         """Whether the last evaluation skipped the deep layers."""
-        return not last_step_was_full(self._helper)
+        since = self._helper.cur_timestep - self._helper.start_timestep
+        return bool(since % self._helper.params["cache_interval"])
 
     def forget(self) -> None:
-        """Let the deep features go."""
-        make_next_step_full(self._helper)
+        """Let the deep features go: DeepCache's interval begins anew with the next evaluation."""
+        self._helper.cached_output.clear()
+        self._helper.start_timestep = None

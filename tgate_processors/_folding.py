@@ -85,7 +85,18 @@ def _is_batched(tensor: torch.Tensor, batch: int) -> bool:
 
 
 def _half(tensor: torch.Tensor, *, batch: int, first: bool) -> torch.Tensor:
-    return tensor.chunk(2)[0 if first else 1] if _is_batched(tensor, batch) else tensor
+    return half_of(tensor, first=first) if _is_batched(tensor, batch) else tensor
+
+
+def half_of(tensor: torch.Tensor, *, first: bool) -> torch.Tensor:
+    """One half of a batch, `(batch // 2, ...)`."""
+    return tensor.chunk(2)[0 if first else 1]
+
+
+def mean_of_halves(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of the two halves of a batch, `(batch // 2, ...)`."""
+    first, second = tensor.chunk(2)
+    return first / 2 + second / 2  # each halved first: the sum may overflow in half precision
 
 
 def double(output: Any) -> Any:

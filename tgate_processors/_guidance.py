@@ -14,7 +14,9 @@ from tgate_processors._folding import (
     ambiguous_argument,
     difference_of_halves,
     double,
+    half_of,
     halves_are_equal,
+    mean_of_halves,
     sample_of,
     take_half,
     tensors_in,
@@ -52,7 +54,7 @@ class Whole:
 
     def half(self, tensor: torch.Tensor) -> torch.Tensor:
         """The half of a batched tensor that goes on."""
-        return tensor.chunk(2)[0 if self.keeps_first_half else 1]
+        return half_of(tensor, first=self.keeps_first_half)
 
     def fold(self, inputs: Inputs) -> Inputs:
         """The branch that goes on, of a batch of two halves."""
@@ -128,10 +130,7 @@ class Halves(Whole):
     def reduce(self, output: torch.Tensor) -> torch.Tensor:
         if output.shape[0] % 2:
             return output
-        if self._looks:
-            return self.half(output)
-        first, second = output.chunk(2)
-        return first / 2 + second / 2
+        return self.half(output) if self._looks else mean_of_halves(output)
 
 
 class Calls(Whole):

@@ -18,6 +18,10 @@ class AttentionMode(Enum):
         return self not in (AttentionMode.COMPUTE, AttentionMode.REUSE)
 
 
+# Modes that store half of a batch, or as much.
+HALVING = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
+
+
 class Phase(Enum):
     PLANNING = "semantics-planning"
     FIDELITY = "fidelity-improving"

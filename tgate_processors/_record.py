@@ -53,17 +53,11 @@ class Record:
 
     def note_given(self, inputs: Inputs) -> int:
         """Note a call; gives which of `inputs` it was given."""
-        shapes = tuple(tensor.shape for tensor in tensors_in([*inputs[0], inputs[1]]))
+        shapes = tuple(tensor.shape for tensor in tensors_in(inputs))
         index = self._shapes.setdefault(shapes, len(self.inputs))
         if index == len(self.inputs):
-            self.inputs.append(on_meta(inputs))
+            self.inputs.append(map_tensors(to_meta, inputs))
         return index
-
-
-def on_meta(inputs: Inputs) -> Inputs:
-    """A denoiser's inputs without their values."""
-    args, kwargs = inputs
-    return tuple(map_tensors(to_meta, args)), map_tensors(to_meta, kwargs)
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:

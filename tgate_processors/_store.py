@@ -1,21 +1,20 @@
 """The attention outputs that a run keeps of one network, call by call of a timestep."""
 
+from dataclasses import dataclass, field
+
 from torch import Tensor
 
 from tgate_processors._gated_layers import Outputs, Taken
 from tgate_processors._guidance import Whole
-from tgate_processors._modes import AttentionMode, StepMode
+from tgate_processors._modes import HALVING, AttentionMode, StepMode
 
 
-HALVING = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
-
-
+@dataclass
 class Stored:
     """What the layers of one kind stored: their outputs, and the batch that these are of."""
 
-    def __init__(self, batch: int) -> None:
-        self.outputs: Outputs = {}
-        self.batch = batch
+    batch: int
+    outputs: Outputs = field(default_factory=dict)
 
 
 class Store:
@@ -73,8 +72,7 @@ class Store:
             calls = sorted(number for kind, number in self._stored if kind is is_cross)
             if len(calls) > 1 and strategy.leaves_out(1):
                 merged = strategy.merge([self._stored.pop((is_cross, number)).outputs for number in calls])
-                self._stored[is_cross, 0] = Stored(batch)
-                self._stored[is_cross, 0].outputs = merged
+                self._stored[is_cross, 0] = Stored(batch, merged)
             stored = self._stored.get((is_cross, call))
             if is_folded and stored is not None and stored.batch == 2 * batch:
                 stored.outputs = {name: list(map(strategy.reduce, one)) for name, one in stored.outputs.items()}

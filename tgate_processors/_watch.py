@@ -25,21 +25,16 @@ def to_paper_steps(num_steps: int) -> float:
     return num_steps / PAPER_STEPS
 
 
-def last_changes(changes: Sequence[Sequence[float]], num_steps: int) -> list[float]:
-    """What decides: the changes of the last steps, each the mean over layers.
+def has_converged(changes: Sequence[Sequence[float]], num_steps: int, tolerance: float) -> bool:
+    """Whether the last changes, each the mean over layers, all stayed under the tolerance; NaN does not.
 
     Args:
-        changes: Of one step after the other, for each watched layer.
-        num_steps: Of the run.
+        changes: The changes of each watched layer, step by step.
+        num_steps: Number of steps in the run.
+        tolerance: What they have to stay under.
     """
     patience = max(LEAST_CHANGES_FOR_AUTO, round(PATIENCE * to_paper_steps(num_steps)))
-    return [fmean(layers) for layers in changes[-patience:]] if len(changes) >= patience else []
-
-
-def has_converged(changes: Sequence[Sequence[float]], num_steps: int, tolerance: float) -> bool:
-    """Whether the last changes all stayed under the tolerance; what is not a number does not."""
-    last = last_changes(changes, num_steps)
-    return bool(last) and all(change < tolerance for change in last)
+    return len(changes) >= patience and all(fmean(layers) < tolerance for layers in changes[-patience:])
 
 
 class Watch:

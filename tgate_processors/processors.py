@@ -8,9 +8,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tgate_processors._disguise import Disguised, disguised
+from tgate_processors._folding import half_of, mean_of_halves
 from tgate_processors._gated_layers import GatedLayers, LayerState
 from tgate_processors._layers import attention_layers, check_can_be_gated, cross_attention_layers, is_joint
-from tgate_processors._modes import AttentionMode
+from tgate_processors._modes import HALVING, AttentionMode
 from tgate_processors.errors import UnsupportedPipelineError
 from tgate_processors.gate import Gate
 
@@ -69,6 +70,7 @@ class GatedProcessor(metaclass=Disguised):
             return output
 
         setattr(cls, "__call__", __call__)  # noqa: B010  # one for each class, since each has a signature of its own
+        carry_signature(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         below = ungated(self)
@@ -87,14 +89,11 @@ def _store(state: LayerState, call: int, attn: Any, hidden_states: torch.Tensor,
         output = output * attn.rescale_output_factor
     if _adds_residual(attn):
         output = output - hidden_states
-    if state.mode in (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF):
+    if state.mode in HALVING:
         if output.shape[0] % 2:
             return  # no halves
-        first, second = output.chunk(2)
-        if state.mode is AttentionMode.STORE_MEAN:
-            output = first / 2 + second / 2  # each halved first: the sum may overflow in half precision
-        else:
-            output = first if state.keeps_first_half else second
+        is_mean = state.mode is AttentionMode.STORE_MEAN
+        output = mean_of_halves(output) if is_mean else half_of(output, first=state.keeps_first_half)
     state.new.append((call, output.to("cpu") if state.offloads else output))
 
 
@@ -120,6 +119,17 @@ def _rescales(attn: Any) -> bool:
     return getattr(attn, "rescale_output_factor", 1.0) != 1.0
 
 
+def carry_signature(cls: Any) -> None:
+    """Have a gated class show the signature of the class below, as it is now.
+
+    `Attention.forward` passes on only the keywords that the signature names, and asks for it in every call: a function
+    that carries it answers much faster than one that has to be inspected.
+    """
+    signature = inspect.signature(cls.stands_over.__call__)
+    if getattr(cls.__call__, "__signature__", None) != signature:
+        cls.__call__.__signature__ = signature
+
+
 class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):  # type: ignore[misc]  # an untyped base
     """diffusers' default processor, gated."""
 
@@ -137,22 +147,7 @@ def gated_class(base: type) -> Any:
         same = {"__module__": __name__, "__doc__": f"`{base.__name__}`, gated."}
         cls = disguised(base, f"TGate{base.__name__}", (GatedProcessor, base), same)
         _GATED[base] = weakref.ref(cls)
-        carry_signature(cls)
     return cls
-
-
-def carry_signature(cls: Any) -> None:
-    """Have a gated class show the signature of the class below, as it is now.
-
-    `Attention.forward` passes on only the keywords that the signature names, and asks for it in every call: a function
-    that carries it answers much faster than one that has to be inspected.
-    """
-    signature = inspect.signature(cls.stands_over.__call__)
-    if getattr(cls.__call__, "__signature__", None) != signature:
-        cls.__call__.__signature__ = signature
-
-
-carry_signature(TGateAttnProcessor2_0)
 
 
 def gated(processor: Any, layers: GatedLayers, *, is_cross_attention: bool) -> GatedProcessor:
