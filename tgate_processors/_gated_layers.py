@@ -1,6 +1,7 @@
 """What the gated layers of a network do in the evaluation that is going on: put in before it, taken out after it."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -108,7 +109,10 @@ class GatedLayers:
         """End the evaluation: every layer only computes. Gives what they have stored."""
         taken = Taken(self._cross.keys())
         for name, state in self._busy:
-            taken.add(name, state)
+            if state.new:
+                taken.new[name] = state.new
+                if state.mode is AttentionMode.REUSE:
+                    taken.missed.append(name)
             state.rest()
         self._busy = []
         return taken
@@ -126,22 +130,16 @@ class GatedLayers:
             vars(state).update(values)
 
 
+@dataclass
 class Taken:
     """What layers stored in an evaluation.
 
-    Attributes:
-        new: Their outputs by the number of the call.
-        missed: Layers that computed, though they were asked to reuse what did not fit.
+    Args:
         cross_attention: The names of the cross-attention layers.
+        new: The outputs of each layer that stored, each with the number of the call.
+        missed: Layers that computed, though they were asked to reuse what did not fit.
     """
 
-    def __init__(self, cross_attention: Collection[str]) -> None:
-        self.cross_attention = cross_attention
-        self.new: dict[str, list[tuple[int, Tensor]]] = {}
-        self.missed: list[str] = []
-
-    def add(self, name: str, state: LayerState) -> None:
-        if state.new:
-            self.new[name] = state.new
-            if state.mode is AttentionMode.REUSE:
-                self.missed.append(name)
+    cross_attention: Collection[str]
+    new: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)

@@ -43,9 +43,9 @@ class Installation:
             UnsupportedPipelineError: The network has no cross-attention layer of its own.
         """
         processors = gate_layers(self._network, self.layers, self_attention=self_attention)
-        self._below = {name: ungated(p) for name, p in processors.items() if isinstance(p, GatedProcessor)}
-        set_processors(self._network, processors)
         below = {name: ungated(processor) for name, processor in processors.items()}
+        self._below = {name: p for name, p in below.items() if processors[name] is not p}
+        set_processors(self._network, processors)
         self.processors = {name: p if is_of_diffusers(p) else type(p).__name__ for name, p in below.items()}
 
     def remove(self) -> None:

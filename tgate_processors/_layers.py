@@ -25,10 +25,11 @@ def attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
     Some denoisers (Allegro's, Cosmos') have layers with processors and no `attn_processors`.
     """
-    layers = {
-        f"{name}.processor": layer for name, layer in denoiser.named_modules() if hasattr(layer, "set_processor")
+    return {
+        f"{name}.processor".replace("_orig_mod.", ""): layer  # torch.compile's wrappers
+        for name, layer in denoiser.named_modules()
+        if hasattr(layer, "set_processor")
     }
-    return {name.replace("_orig_mod.", ""): layer for name, layer in layers.items()}  # torch.compile's wrappers
 
 
 def set_processors(denoiser: torch.nn.Module, processors: Mapping[str, Any]) -> None:

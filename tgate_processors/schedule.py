@@ -140,9 +140,6 @@ class Schedule:
         return self.modes[step]
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         rows = [("steps", "phase", "cross-attention", "self-attention", "branches")]
         for mode, steps in groupby(range(len(self)), key=self.modes.__getitem__):
             first, *rest = steps

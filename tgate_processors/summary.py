@@ -11,7 +11,7 @@ from tgate_processors._copying import meta_copy
 from tgate_processors._cost import Cost, NetworkCost
 from tgate_processors._layers import attention_layers
 from tgate_processors._loop import Loop, PipelineRun
-from tgate_processors._modes import AttentionMode, Phase
+from tgate_processors._modes import HALVING, Phase
 from tgate_processors._record import Evaluation
 from tgate_processors.run import Part
 from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
@@ -58,9 +58,6 @@ class Summary:
         return 1 - self.cost.macs / self.stock_macs if self.stock_macs else math.nan
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         if self.schedule is None:
             return "\n".join(["no run yet: run the pipeline, then ask", *self._notes()])
         closed = "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
@@ -108,7 +105,10 @@ def _batches(evaluations: Sequence[Evaluation]) -> str:
 def summarize(loop: Loop) -> Summary:
     """The record of the loop's last run. It raises nothing: what it cannot tell, it says."""
     run = loop.run
-    notes = _replaced(loop)
+    notes = [
+        f"the gate is on a {type(module).__name__} that the pipeline no longer has: apply it again"
+        for module in loop.replaced_networks()
+    ]
     if run is None or not any(part.record.evaluations for part in run.parts.values()):
         return Summary(notes=tuple(notes))
     cost, stock_macs = Cost(), 0
@@ -122,17 +122,18 @@ def summarize(loop: Loop) -> Summary:
     except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
         notes.append(f"the arithmetic could not be counted: {type(error).__name__}: {error}".splitlines()[0])
         cost, stock_macs = Cost(), 0
-    evaluations = [_evaluations(run, network) for network in loop.networks]
-    of_denoisers = len(loop.denoisers)
+    begun = any(part.calls for part in run.parts.values())
+    if run.position + begun < run.clock.num_evaluations:  # it is going on, or failed or was cancelled
+        notes.append(f"{run.step} of {run.clock.num_steps} steps are done")
     return Summary(
         schedule=Schedule(run.config, run.clock.num_steps, guidance=_dropped_guidance(run), closes_at=run.closes_at),
-        evaluations=sum(evaluations[:of_denoisers], ()),
-        side_evaluations=tuple(evaluations[of_denoisers:]),
+        evaluations=sum((_evaluations(run, network) for network in loop.denoisers), ()),
+        side_evaluations=tuple(_evaluations(run, network) for network in loop.side_networks),
         cost=cost,
         stock_macs=stock_macs,
         cache_bytes=sum(part.peak_cache_bytes for part in run.parts.values()),
         changes=tuple(map(fmean, loop.changes)),
-        notes=tuple(dict.fromkeys([*notes, *_missing_steps(run)])),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -143,12 +144,11 @@ def _evaluations(run: PipelineRun, network: Any) -> tuple[Evaluation, ...]:
 
 def _dropped_guidance(run: PipelineRun) -> bool:
     """Whether anything of guidance was left out, or was about to be."""
-    parts = run.parts.values()
-    halved = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
-    return any(part.record.left_out for part in parts) or any(
-        evaluation.mode.cross_attention in halved or evaluation.batch < part.record.batch_of(evaluation.given)
-        for part in parts
-        for evaluation in part.record.evaluations
+    records = [part.record for part in run.parts.values()]
+    return any(record.left_out for record in records) or any(
+        evaluation.mode.cross_attention in HALVING or evaluation.batch < record.batch_of(evaluation.given)
+        for record in records
+        for evaluation in record.evaluations
     )
 
 
@@ -170,19 +170,3 @@ def _name(processor: Any) -> str:
 def _has_silent_adapter(processor: Any) -> bool:
     scales = getattr(processor, "scale", None)
     return isinstance(scales, list) and 0 in scales
-
-
-def _missing_steps(run: PipelineRun) -> list[str]:
-    """What is to be said of a run that is going on, or failed or was cancelled."""
-    begun = any(part.calls for part in run.parts.values())
-    if run.position + begun >= run.clock.num_evaluations:
-        return []
-    return [f"{run.step} of {run.clock.num_steps} steps are done"]
-
-
-def _replaced(loop: Loop) -> list[str]:
-    """What is to be said of networks that the pipeline no longer has."""
-    return [
-        f"the gate is on a {type(module).__name__} that the pipeline no longer has: apply it again"
-        for module in loop.replaced_networks()
-    ]
