@@ -43,10 +43,10 @@ class Row:
         error: Why there is no measurement; None where there is one.
         run: A whole run.
         runs: Each of them, round by round.
-        planning_step, fidelity_step: A step before the gate, and one after it.
+        planning_step, fidelity_step: The least step of a round before the gate, and after it.
         speed_up: The stock pipeline's run over this one, round by round.
-        planning_to_stock: A planning step over the stock pipeline's, round by round.
-        fidelity_to_limit: A fidelity step over the surgical limit's, round by round.
+        planning_to_stock: The planning step over the stock pipeline's, round by round.
+        fidelity_to_limit: The fidelity step over the surgical limit's, round by round.
         of_arithmetic: Speed-up over the speed-up in multiply-accumulates, attention's products counted; None where
             that is not known.
         peak_bytes: Memory on the device above what was there before the run; None on a CPU.
@@ -247,7 +247,7 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
         of_arithmetic=speed_up.median / mac_speed_up if name in ("tgate_processors", "surgical limit") else None,
         peak_bytes=laps.peak_bytes if rig.device.startswith("cuda") else None,
     )
-    if laps.contestant.steps is not None:
+    if not laps.contestant.phases:
         return row
     planning, fidelity = _phases(laps, rig)
     row = replace(
@@ -265,10 +265,10 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
 
 
 def _phases(laps: _Laps, rig: Rig) -> tuple[list[float], list[float]]:
-    """A step before the gate and one after it, medians of each round; the first step begins with the call itself."""
+    """The least steps of each round, before the gate and after it; the first step begins with the call itself."""
     gate = rig.gate_step
-    planning = [statistics.median(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
-    fidelity = [statistics.median(steps[gate:]) for steps in laps.steps]
+    planning = [min(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
+    fidelity = [min(steps[gate:]) for steps in laps.steps]
     return planning, fidelity
 
 

@@ -1,13 +1,13 @@
 """Who is timed beside a gated pipeline: the stock pipeline, the least that is possible, and other accelerators."""
 
-import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tgate_processors._folding import Inputs, sample_of, take_half
+from tgate_processors._folding import double, sample_of, take_half
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors._pipelines import denoisers_of
 from tgate_processors.errors import ConfigError
@@ -27,13 +27,13 @@ class Contestant:
     Args:
         name: Of its row.
         prepare: Makes the run, once; raises where it cannot.
-        steps: Of its run; None: the rig's.
+        phases: Whether its steps are alike before the gate, and after it.
         closes: Whether its steps after the gate differ from those before it.
     """
 
     name: str
     prepare: Callable[[Rig, bool], Run]
-    steps: int | None = None
+    phases: bool = True
     closes: bool = True
 
 
@@ -94,43 +94,26 @@ class _GivesWhatIsStored:
 
 
 def surgical_limit(rig: Rig, compiles: bool) -> Run:
-    """The denoiser alone: stock before the gate, then at half batch with its cross-attention given."""
-    pipe = rig.pipeline()
-    inputs = _first_inputs(rig, pipe)
-    batch = sample_of(inputs).shape[0]
+    """The stock pipeline, its denoiser answered by two: stock before the gate, then one given its cross-attention."""
     planning, fidelity = (denoisers_of(rig.pipeline())[0] for _ in range(2))
     for layer in cross_attention_layers(fidelity).values():
         layer.set_processor(_GivesWhatIsStored())  # type: ignore[operator]  # of diffusers' layers
     if compiles:
         planning.compile(fullgraph=True)
         fidelity.compile(fullgraph=True)
-    half = take_half(inputs, batch, first=True) if rig.known.guidance else inputs
+    evaluations = itertools.count()  # one a step
 
-    @torch.no_grad()
-    def run(mark: Mark) -> None:
-        for step in range(rig.known.steps):
-            denoiser, (args, kwargs) = (planning, inputs) if step < rig.gate_step else (fidelity, half)
-            denoiser(*args, **kwargs)
-            mark()
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if next(evaluations) % rig.known.steps < rig.gate_step:
+            return planning(*args, **kwargs)
+        if not rig.known.guidance:
+            return fidelity(*args, **kwargs)
+        args, kwargs = take_half((args, kwargs), sample_of((args, kwargs)).shape[0], first=True)
+        return double(fidelity(*args, **kwargs))
 
-    return run
-
-
-class _Seen(Exception):
-    pass
-
-
-def _first_inputs(rig: Rig, pipe: Any) -> Inputs:
-    """What the pipeline gives its denoiser in a run's first evaluation."""
-    seen: list[Inputs] = []
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Seen
-
-    with denoisers_of(pipe)[0].register_forward_pre_hook(hook, with_kwargs=True), contextlib.suppress(_Seen):
-        pipe(**rig.call())
-    return seen[0]
+    pipe = rig.pipeline()
+    denoisers_of(pipe)[0].forward = answer
+    return _PipelineRun(rig, pipe, ways.stock())
 
 
 def tgate_original(rig: Rig, compiles: bool) -> Run:
@@ -199,12 +182,12 @@ def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
         *([watching] if rig.known.steps >= LEAST_STEPS_FOR_AUTO else []),
         Contestant("surgical limit", surgical_limit),
         Contestant("dropping guidance alone", dropping),
-        Contestant(f"fewer steps: {equal_steps}", by_way(ways.fewer_steps(equal_steps)), equal_steps),
+        Contestant(f"fewer steps: {equal_steps}", by_way(ways.fewer_steps(equal_steps)), phases=False),
         Contestant("tgate 1.0.0", tgate_original),
-        Contestant("DeepCache, interval 3", by_way(ways.deep_cache(3))),
-        Contestant("tgate_processors and DeepCache", by_way(ways.deep_cache(3, rig.config))),
+        Contestant("DeepCache, interval 3", by_way(ways.deep_cache(3)), phases=False),
+        Contestant("tgate_processors and DeepCache", by_way(ways.deep_cache(3, rig.config)), phases=False),
         Contestant("tomesd, ratio 0.5", by_way(ways.token_merging(0.5))),
-        Contestant("PyramidAttentionBroadcast", pyramid_attention_broadcast),
+        Contestant("PyramidAttentionBroadcast", pyramid_attention_broadcast, phases=False),
     ]
 
 
