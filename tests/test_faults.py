@@ -163,6 +163,21 @@ def test_guidance_that_a_callback_begins():
     assert not torch.equal(latents, stock)
 
 
+def test_guidance_that_a_callback_begins_in_the_last_step():
+    """The calls of that step are of the run that is going on."""
+
+    def begins(pipe, step, timestep, kwargs):
+        if step == STEPS - 2:
+            pipe._guidance_scale = 5.0
+        return kwargs
+
+    pipe = build("Cosmos2TextToImagePipeline")
+    with apply_tgate(pipe, NEVER, callback_on_step_end=begins) as tgate:
+        pipe(**call("Cosmos2TextToImagePipeline", guidance_scale=1.0), callback_on_step_end=tgate)
+        assert tgate.summary().batches == (1,) * (STEPS + 1)
+        assert tgate.gate.is_over
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("config", [CONFIG, TGateConfig(gate_step=2, look_interval=2)])
 def test_latents_that_grow_in_a_callback(at, config):
@@ -467,6 +482,26 @@ def test_a_call_of_ones_own_in_a_callback(name, at, way):
     assert answers
     with torch.no_grad():
         assert all(torch.equal(network(*args, **kwargs)[0], answer) for (args, kwargs), answer in answers)
+
+
+def test_a_call_of_ones_own_in_a_plain_callback_of_three_arguments():
+    """PixArt's older `callback`; it looks ahead, with the timestep that the loop comes to next."""
+    pipe = build(PIXART)
+    seen, _ = given_to(pipe.transformer)
+    kwargs, answers = call(PIXART), []
+
+    def looks(step, timestep, latents):
+        if step < STEPS - 1:
+            args, given = seen[-1]
+            following = pipe.scheduler.timesteps[step + 1].expand(given["timestep"].shape)
+            answers.append(pipe.transformer(*args, **given | {"timestep": following}))
+
+    with apply_tgate(pipe, CONFIG) as tgate:
+        latents = pipe(**kwargs, callback=looks, callback_steps=1)[0]
+        assert tgate.gate.is_over
+        assert tgate.summary().batches == (2, 2, 1, 1)
+    assert len(answers) == STEPS - 1
+    assert torch.equal(latents, fresh(PIXART))
 
 
 @pytest.mark.parametrize("name", [SD, PIXART, WAN])
@@ -1007,6 +1042,26 @@ def test_timesteps_that_are_a_list():
     assert torch.equal(gated(pipe, call())[0], fresh())
 
 
+def test_a_run_that_failed_in_its_first_step_is_not_gone_on_with():
+    """The next one has the same timesteps, and begins with the same evaluation."""
+    pipe = build()
+    set_timesteps, known = pipe.scheduler.set_timesteps, {}
+
+    def remembers(steps, device=None, **kwargs):
+        set_timesteps(steps, device=device, **kwargs)
+        pipe.scheduler.timesteps = known.setdefault(steps, pipe.scheduler.timesteps)
+
+    pipe.scheduler.set_timesteps = remembers
+    tgate = apply_tgate(pipe, CONFIG)
+    step = pipe.scheduler.step
+    pipe.scheduler.step = raising(0)
+    with pytest.raises(Stop):
+        pipe(**call(), callback_on_step_end=tgate)
+    pipe.scheduler.step = step
+    pipe(**call(), callback_on_step_end=tgate)
+    assert tgate.summary().batches == (2, 2, 1, 1)
+
+
 # Loops that are not known
 
 
@@ -1120,6 +1175,36 @@ def test_a_loop_of_ones_own_over_a_known_class_that_evaluates_twice_in_a_step(ha
         assert summary.batches == (4, 2) * 6
         assert summary.cost.cross_reused == 2 * (6 - gate_step) * len(cross_attention_layers(pipe.unet))
         assert not torch.equal(latents, stock)
+
+
+class Skips(diffusers.StableDiffusionPipeline):
+    """A loop of somebody's own that goes on with the last noise in one of its steps."""
+
+    @torch.no_grad()
+    def __call__(self, latents, prompt_embeds, negative_prompt_embeds, callback_on_step_end=None):
+        self._guidance_scale, self._interrupt = 5.0, False
+        self.scheduler.set_timesteps(6)
+        text = torch.cat([negative_prompt_embeds, prompt_embeds])
+        for i, t in enumerate(self.scheduler.timesteps):
+            if i != 3:
+                both = self.unet(torch.cat([latents, latents]), t, encoder_hidden_states=text).sample
+            latents = self.scheduler.step(both[:1] + 5 * (both[1:] - both[:1]), t, latents).prev_sample
+            if callback_on_step_end:
+                callback_on_step_end(self, i, t, {"latents": latents})
+        return (latents,)
+
+
+@pytest.mark.parametrize(("handle", "after_it"), [(True, [1, 1]), (False, [2, 2])])
+def test_a_loop_that_passes_over_a_step(handle, after_it):
+    """Where the callback says so the run goes on; else the evaluation that comes is not its next, and stock."""
+    pipe = Skips(**build().components, requires_safety_checker=False)
+    with apply_tgate(pipe, CONFIG) as tgate:
+        batches = []
+        hook = pipe.unet.conv_in.register_forward_hook(lambda *args: batches.append(args[-1].shape[0]))
+        kwargs = {name: call()[name] for name in ("latents", "prompt_embeds", "negative_prompt_embeds")}
+        pipe(**kwargs, callback_on_step_end=tgate if handle else None)
+        hook.remove()
+    assert batches == [2, 2, 1, *after_it]
 
 
 def modular_sdxl():

@@ -20,6 +20,7 @@ from zoo import ENTRIES, STEPS, of_pictures, seeded
 
 from tgate_processors import StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors._layers import cross_attention_layers
+from tgate_processors._pipelines import takes_callback
 from tgate_processors.demo import load_demo_pipeline
 from tgate_processors.processors import GatedProcessor
 
@@ -486,6 +487,29 @@ def test_base_and_refiner():
     _, of_base, of_refiner = both(TGateConfig(gate_step=2), TGateConfig(gate_step=3))
     assert of_base == [2] * 2 + [1] * 3
     assert of_refiner == [2] * 3 + [1] * 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLAdapterPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+    ],
+)
+def test_the_part_of_a_run_up_to_denoising_end_is_the_whole_loop(name):
+    """Some of these say another number of timesteps, or none."""
+    pipe, kwargs = tiny(name)
+    kwargs |= {"num_inference_steps": 8, "denoising_end": 0.5}
+    with apply_tgate(pipe, TGateConfig(gate_step=0.5)) as tgate:
+        pipe(**kwargs, **({"callback_on_step_end": tgate} if takes_callback(pipe) else {}))
+        assert tgate.gate.is_over
+        assert (len(tgate.summary().schedule), tgate.summary().gate_closed_at) == (4, 2)
 
 
 @pytest.mark.parametrize(

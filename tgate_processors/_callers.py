@@ -47,3 +47,13 @@ def callers(but: Any = None) -> Iterator[Any]:
         elif not isinstance(owner, torch.nn.Module) and not code.co_filename.startswith(LIBRARIES):
             strangers.add(code.co_filename)
         frame = frame.f_back
+
+
+def local_of(owner: Any, name: str) -> Any:
+    """A local variable of the innermost method of an object that is running in this thread; None where none has it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_locals and frame.f_locals.get("self") is owner:
+            return frame.f_locals[name]
+        frame = frame.f_back
+    return None

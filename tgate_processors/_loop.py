@@ -189,7 +189,8 @@ class Loop:
         most = max(one.most_calls for one in run.parts.values())
         is_known = run.position > 0 or self._most_calls(run, part) == 1
         is_last = is_known and run.position == run.clock.num_evaluations - 1 and part.calls == most
-        if is_last or not (run.is_seen or self._takes_callback):
+        is_ended = is_last and run.last_callback < 0  # else the callback ends it
+        if is_ended or not (run.is_seen or self._takes_callback):
             run.move_to(run.position + 1)
 
     def end_step(self, step_index: int, timestep: Any) -> None:

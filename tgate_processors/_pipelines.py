@@ -4,7 +4,7 @@ Facts are of diffusers 0.42. What cannot be asked of a pipeline stands in `FAMIL
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import PNDMScheduler
 
+from tgate_processors._callers import local_of
 from tgate_processors._clock import StepClock
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors.errors import StateError, UnsupportedPipelineError
@@ -247,9 +248,10 @@ def step_clock(pipe: Any) -> StepClock:
     num_timesteps = len(scheduler.timesteps)
     order = getattr(scheduler, "order", 1)
     asked = getattr(scheduler, "num_inference_steps", None) or num_timesteps
-    remaining = num_timesteps - (getattr(scheduler, "begin_index", None) or 0)
-    # img2img and inpainting run a part of the timesteps, and say so; LEDITS++ runs those that it inverted.
-    num_evaluations = getattr(pipe, "num_timesteps", None) or len(getattr(pipe, "inversion_steps", ())) or remaining
+    # What diffusers' loops go through: a part in img2img, inpainting, or up to `denoising_end`.
+    loop = local_of(pipe, "timesteps")
+    begins_at = getattr(scheduler, "begin_index", None) or 0
+    num_evaluations = len(loop) if isinstance(loop, Sized) else num_timesteps - begins_at
     warms_up = isinstance(scheduler, PNDMScheduler)  # Sana-Sprint's scheduler has one too many, which is not run
     return StepClock(num_evaluations, order, max(0, num_timesteps - asked * order) if warms_up else 0)
 

@@ -40,8 +40,6 @@ class Rig:
     def __post_init__(self) -> None:
         require_whole("batch", self.batch, least=1)
         self.config.require_known_gate_step()
-        if not self.known.guidance:
-            return
         if self.gate_step >= self.known.steps:
             raise ConfigError(
                 f"`gate_step` must be below the number of steps to time both phases, got {self.gate_step} of "
