@@ -154,6 +154,8 @@ FAMILIES = {
 }
 
 
+CACHE_DIT = "cache-dit"
+
 # Pipelines with cross-attention whose loop has no step at which it could be reused.
 REFUSED = {
     **dict.fromkeys(
@@ -267,22 +269,28 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
 
 
 def check_has_no_cache(denoiser: torch.nn.Module, guidance: Guidance) -> None:
-    """Whether nothing else is kept of the denoiser that would not fit half of its batch.
+    """Whether nothing else is kept of the denoiser that would not fit what is left of its calls.
 
     Raises:
-        StateError: One of diffusers' caches, or cache-dit, is enabled on a denoiser whose batch is halved.
+        StateError: One of diffusers' caches is enabled on a denoiser whose batch is halved, or cache-dit (1.5) on one
+            whose batch is halved or whose calls are left out.
     """
-    if guidance not in (Guidance.HALVES, Guidance.HALVES_POSITIVE_FIRST):
-        return
     name = _cache_on(denoiser)
-    if name is not None:
-        raise StateError(
-            f"`pipe` must not have {name} enabled beside T-GATE, which halves the batch of this "
-            f"{type(denoiser).__name__} at the gate: what {name} keeps fits the whole batch. Disable one of the two."
-        )
+    if name is None or guidance in (Guidance.PARTS, Guidance.NONE):
+        return
+    if guidance is not Guidance.CALLS:
+        why = f"which halves the batch at the gate: what {name} keeps fits the whole batch"
+    elif name == CACHE_DIT:
+        why = f"which leaves out calls after the gate: {name} counts them to tell the branches apart"
+    else:
+        return  # diffusers tells the branches apart by name
+    raise StateError(
+        f"`pipe` must not have {name} enabled on its {type(denoiser).__name__} beside T-GATE, {why}. "
+        "Disable one of the two."
+    )
 
 
 def _cache_on(denoiser: Any) -> str | None:
     if getattr(denoiser, "is_cache_enabled", False):
         return type(denoiser._cache_config).__name__.removesuffix("Config")
-    return "cache-dit" if getattr(denoiser, "_is_cached", False) else None
+    return CACHE_DIT if getattr(denoiser, "_is_cached", False) else None
