@@ -1285,9 +1285,7 @@ def test_a_cache_of_diffusers_beside_halves_is_refused_by_name():
     cache = diffusers.FasterCacheConfig(
         spatial_attention_timestep_skip_range=(-1, 1000), current_timestep_callback=lambda: 500
     )
-    message = (
-        "must not have FasterCache enabled on its LTXVideoTransformer3DModel beside T-GATE, which halves"
-    )
+    message = "must not have FasterCache enabled on its LTXVideoTransformer3DModel beside T-GATE, which halves"
     tgate = apply_tgate(pipe, CONFIG)
     pipe.transformer.enable_cache(cache)
     with pytest.raises(StateError, match=message):
