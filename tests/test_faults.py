@@ -991,16 +991,21 @@ def test_a_network_that_is_sharded(order):
 # Timesteps
 
 
-def test_timesteps_that_are_the_same_tensor_in_every_run():
-    """A scheduler that remembers them: the first timestep again is a new run."""
-    pipe = build()
-    set_timesteps, known = pipe.scheduler.set_timesteps, {}
+def remembers_timesteps(scheduler):
+    """From now on its timesteps are the same tensor in every run of as many steps."""
+    set_timesteps, known = scheduler.set_timesteps, {}
 
     def remembers(steps, device=None, **kwargs):
         set_timesteps(steps, device=device, **kwargs)
-        pipe.scheduler.timesteps = known.setdefault(steps, pipe.scheduler.timesteps)
+        scheduler.timesteps = known.setdefault(steps, scheduler.timesteps)
 
-    pipe.scheduler.set_timesteps = remembers
+    scheduler.set_timesteps = remembers
+
+
+def test_timesteps_that_are_the_same_tensor_in_every_run():
+    """A scheduler that remembers them: the first timestep again is a new run."""
+    pipe = build()
+    remembers_timesteps(pipe.scheduler)
     tgate = apply_tgate(pipe, CONFIG)
     for fails_at in (None, 0, 2, None, 3, None):
         fail = raising(fails_at)
@@ -1045,13 +1050,7 @@ def test_timesteps_that_are_a_list():
 def test_a_run_that_failed_in_its_first_step_is_not_gone_on_with():
     """The next one has the same timesteps, and begins with the same evaluation."""
     pipe = build()
-    set_timesteps, known = pipe.scheduler.set_timesteps, {}
-
-    def remembers(steps, device=None, **kwargs):
-        set_timesteps(steps, device=device, **kwargs)
-        pipe.scheduler.timesteps = known.setdefault(steps, pipe.scheduler.timesteps)
-
-    pipe.scheduler.set_timesteps = remembers
+    remembers_timesteps(pipe.scheduler)
     tgate = apply_tgate(pipe, CONFIG)
     step = pipe.scheduler.step
     pipe.scheduler.step = raising(0)

@@ -31,11 +31,9 @@ def callers(but: Any = None) -> Iterator[Any]:
     Args:
         but: An object to pass over.
     """
-    frame: FrameType | None = sys._getframe(1)
     strangers: set[str] = set()
-    while frame is not None:
+    for frame, owner in _frames():
         code = frame.f_code
-        owner = frame.f_locals.get("self") if code.co_varnames[:1] == ("self",) and code.co_argcount else None
         if isinstance(owner, PIPELINES):
             if strangers - {code.co_filename} and isinstance(owner, DiffusionPipeline):
                 yield code  # somebody's callback; a modular pipeline has none, and blocks of other files
@@ -46,14 +44,18 @@ def callers(but: Any = None) -> Iterator[Any]:
                 yield owner
         elif not isinstance(owner, torch.nn.Module) and not code.co_filename.startswith(LIBRARIES):
             strangers.add(code.co_filename)
-        frame = frame.f_back
 
 
 def local_of(owner: Any, name: str) -> Any:
     """A local variable of the innermost method of an object that is running in this thread; None where none has it."""
+    return next((frame.f_locals[name] for frame, its in _frames() if its is owner and name in frame.f_locals), None)
+
+
+def _frames() -> Iterator[tuple[FrameType, Any]]:
+    """What is running in this thread, innermost first: each frame, and the object that it is a method of, or None."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if name in frame.f_locals and frame.f_locals.get("self") is owner:
-            return frame.f_locals[name]
+        code = frame.f_code
+        is_method = code.co_argcount and code.co_varnames[0] == "self"
+        yield frame, frame.f_locals.get("self") if is_method else None
         frame = frame.f_back
-    return None

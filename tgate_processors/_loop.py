@@ -101,6 +101,10 @@ class Loop:
         still = {id(module) for one in has for module in (one, getattr(one, "_orig_mod", one))}
         return [network.module for network in self.networks if id(network.module) not in still]
 
+    def _is_whole(self) -> bool:
+        """Whether it still evaluates all networks that were gated for it."""
+        return all(self in network.loops for network in self.networks) and not self.replaced_networks()
+
     def does_guidance(self) -> bool | None:
         """Whether the pipeline does guidance now; None where it does not say."""
         return pipelines.does_guidance(self.pipe, self._family.guidance)
@@ -201,8 +205,7 @@ class Loop:
         """
         self._check_is_not_overtaken(timestep)
         run = self.run
-        is_gated = all(self in network.loops for network in self.networks) and not self.replaced_networks()
-        if is_gated and run is not None and run.thread != threading.get_ident():
+        if run is not None and run.thread != threading.get_ident() and self._is_whole():
             raise self._two_at_once()
         if run is None or step_index <= run.last_callback or not self._is_of(run, timestep):
             raise StateError(

@@ -21,7 +21,6 @@ class EvaluatesNetworks(Protocol):
     """A pipeline's loop, which evaluates the network."""
 
     reuses_self_attention: bool
-
     pipe: Any
     run: Any
 

@@ -154,8 +154,6 @@ FAMILIES = {
 }
 
 
-CACHE_DIT = "cache-dit"
-
 # Pipelines with cross-attention whose loop has no step at which it could be reused.
 REFUSED = {
     **dict.fromkeys(
@@ -266,6 +264,9 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
         return False
     does = getattr(pipe, "do_classifier_free_guidance", None)
     return None if does is None else bool(does)
+
+
+CACHE_DIT = "cache-dit"
 
 
 def check_has_no_cache(denoiser: torch.nn.Module, guidance: Guidance) -> None:
