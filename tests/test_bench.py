@@ -160,6 +160,10 @@ def test_reducing():
             lambda: Rig("sd", resized(TINY["sd"], steps=2, height=None, width=None), TGateConfig(gate_step=2)),
             "`gate_step` must be below the number of steps to time both phases, got 2 of 2",
         ),
+        (
+            lambda: Rig("lcm-sdxl", architecture("lcm-sdxl"), TGateConfig(gate_step=10)),  # without guidance
+            "`gate_step` must be below the number of steps to time both phases, got 10 of 4",
+        ),
     ],
 )
 def test_bad_arguments(call, message):

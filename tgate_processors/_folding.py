@@ -108,7 +108,7 @@ def difference_of_halves(output: Any, *, first: bool) -> list[torch.Tensor]:
     """What the other branch puts out less what the one that goes on does, of each tensor in a denoiser's output.
 
     Args:
-        output: Of both branches.
+        output: The output of both branches.
         first: Whether the first half goes on.
     """
     pairs = (tensor.chunk(2) if first else tensor.chunk(2)[::-1] for tensor in tensors_in(output))

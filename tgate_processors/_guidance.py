@@ -41,9 +41,9 @@ class Whole:
         """Whether the batch is two halves, one of which can be dropped; None where nobody can say yet.
 
         Args:
-            inputs: Of the call.
+            inputs: What the network is called with.
             does_guidance: What the pipeline says; None where it says nothing.
-            step: Of the run.
+            step: The step of the run, 0-based.
             calls: The most calls that a timestep has had, this one among them.
         """
         return False
@@ -144,7 +144,7 @@ class Calls(Whole):
 
 
 def _mean(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Of what a layer put out in each call of the network, its first call with the others' first, and so on."""
+    """The mean of a layer's outputs over the calls of the network, its first call with the others' first, and so on."""
     means = []
     for same in zip(*outputs, strict=False):
         fitting = [output for output in same if output.shape == same[0].shape]

@@ -88,7 +88,7 @@ class Loop:
 
     @property
     def changes(self) -> list[list[float]]:
-        """Of the watched layers of the denoiser in the last run, as `Watch` has them."""
+        """The changes of the watched layers of the denoiser in the last run, as `Watch` has them."""
         part = None if self.run is None else self.run.parts.get(self.denoisers[0].layers)
         return [] if part is None else part.watch.changes
 

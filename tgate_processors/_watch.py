@@ -41,7 +41,7 @@ class Watch:
     """The changes of a run, step by step.
 
     Args:
-        num_steps: Of the run.
+        num_steps: Number of steps in the run.
 
     Attributes:
         changes: For each step from the second on: how much the output of each layer changed since the step before,
@@ -60,7 +60,7 @@ class Watch:
         A layer that was not evaluated in the step, as beside DeepCache, has the very output of the step before.
 
         Args:
-            outputs: Of each layer, `(rows, tokens, channels)`; a sample may have several rows, as frames.
+            outputs: The output of each layer, `(rows, tokens, channels)`; a sample may have several rows, as frames.
             batch: Number of samples.
         """
         pairs = [

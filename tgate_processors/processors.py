@@ -176,7 +176,7 @@ def gate_layers(network: torch.nn.Module, layers: GatedLayers, *, self_attention
 
     Args:
         network: A model with attention processors.
-        layers: Of the network.
+        layers: The gated layers of the network.
         self_attention: Whether self-attention is gated too.
 
     Raises:

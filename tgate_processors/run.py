@@ -160,7 +160,7 @@ class Part:
         watched: Cross-attention layers whose convergence closes the gate; none where others decide.
         decides: Whether the gate closes when they have converged.
         other_cache: What else keeps something of this network between evaluations.
-        processors: Of its attention layers in this run, without the gate.
+        processors: The processors of its attention layers in this run, without the gate.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Part:
         """Begin an evaluation: what it is called with, or what is answered for it.
 
         Args:
-            inputs: Of the call.
+            inputs: What the network is called with.
             does_guidance: Says whether the pipeline does guidance now, or None.
         """
         run = self.run
@@ -256,7 +256,7 @@ class Part:
         Args:
             call: From `before`.
             taken: What was taken out of the layers.
-            output: Of the network.
+            output: What the network put out.
         """
         self.keep(call, taken)
         shallow = self._other_cache is not None and self._other_cache.was_shallow()

@@ -35,14 +35,14 @@ class Job:
 
     Args:
         prompt: What to draw.
-        seed: Of its noise.
+        seed: The seed of its noise.
         steps: Denoising steps; None: the pipeline has no such setting.
-        guidance_scale: Of classifier-free guidance; None: the pipeline has no such setting.
+        guidance_scale: The scale of classifier-free guidance; None: the pipeline has no such setting.
         config: The gate's settings.
         with_stock: Whether the stock pipeline's picture stands left of it.
         model: Name of the pipeline.
         weights: Its `fingerprint`.
-        dtype: Of its weights.
+        dtype: The type of its weights.
         device: Kind of its device.
     """
 
@@ -72,7 +72,7 @@ def given_or_own(given: float | None, pipe: Any, name: str) -> Any:
 
 
 def fingerprint(pipe: Any) -> str:
-    """Of a pipeline's weights and of the settings of its parts: a folder or a name may come to hold others."""
+    """What tells a pipeline's weights and its parts' settings apart: a folder or a name may come to hold others."""
     digest = hashlib.sha256(type(pipe).__name__.encode())
     for name, part in sorted(pipe.components.items()):
         digest.update(f"{name} {type(part).__name__} {_settings_of(part)}".encode())

@@ -33,7 +33,7 @@ def require_file(option: str, path: Path, trial: Trial | None = None) -> None:
 
     Args:
         option: That names it.
-        path: Of the file.
+        path: Where the file is to be.
         trial: Writes the format that its suffix names; None: a format that takes any suffix.
 
     Raises:

@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def speed_ups(self) -> list[float]:
-        """Of each round: how many times faster the gated pipeline was."""
+        """For each round, how many times faster the gated pipeline was."""
         return [stock / gated for stock, gated in zip(self.stock.seconds, self.gated.seconds, strict=True)]
 
     @property

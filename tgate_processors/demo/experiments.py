@@ -60,7 +60,7 @@ class Variant:
     """What happens after the gate.
 
     Args:
-        name: Of its row.
+        name: The name of its row.
         gate_step: Steps of both branches at the start.
         stored: Cross-attention that is kept: this much from the negative branch (0) to the positive (1), or past it.
         kept: What becomes of guidance.
@@ -123,7 +123,7 @@ class Loop:
             self.latents.append([torch.cat(noise).to(unet.dtype)])
 
     def pictures(self, run: Callable[[Tensor, Tensor, list[Tensor]], Tensor]) -> Tensor:
-        """Of what `run` makes of each chunk's embeddings, negative and positive, and its stock latents."""
+        """The pictures of what `run` makes of each chunk's embeddings, negative and positive, and its stock latents."""
         made = []
         for chunk, latents in enumerate(self.latents):
             prompts = [caption(scene) for scene in self.scenes[chunk * BATCH : (chunk + 1) * BATCH]]

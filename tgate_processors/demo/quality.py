@@ -33,7 +33,7 @@ class DemoWay:
     What all ways have in common is computed once: a run with the gate at step 10 is the stock run up to step 9.
 
     Args:
-        way: Of the steps from `start` on.
+        way: The way of the steps from `start` on.
         start: Steps that are the stock pipeline's.
         batch_size: Pictures in a call.
     """
@@ -47,7 +47,7 @@ def demo_ways(steps: int, *, every: int = 1) -> list[DemoWay]:
     """The stock pipeline first.
 
     Args:
-        steps: Of the stock run.
+        steps: Number of steps in the stock run.
         every: The gate at every step, or at every so many.
     """
 
@@ -78,7 +78,7 @@ def demo_ways(steps: int, *, every: int = 1) -> list[DemoWay]:
 
 
 def _gate_of_the_rest(gate_step: int) -> Way:
-    """Of a run that begins with the step that stores."""
+    """The gate of a run that begins with the step that stores."""
     rest = ways.gated(TGateConfig(gate_step=1), f"gate step {gate_step}")
     return replace(rest, gate_step=gate_step)
 
@@ -99,8 +99,8 @@ def quality_of_demo(
     Args:
         pipe: The demo's pipeline, not gated.
         count: Prompts.
-        seed: Of the prompts; picture i starts from the noise of `seed + i`.
-        steps: Of the stock run, at least 5.
+        seed: The seed of the prompts; picture i starts from the noise of `seed + i`.
+        steps: Number of steps in the stock run, at least 5.
         guidance: Scale of classifier-free guidance.
         every: The gate at every step, or at every so many.
         only: Parts of the names of the ways to keep; none: all. The stock pipeline is always there.

@@ -21,8 +21,8 @@ class Architecture:
     Args:
         denoiser: Class of diffusers.
         config: Its config.
-        height, width: Of the picture, in pixels.
-        tokens: Of the prompt.
+        height, width: The size of the picture, in pixels.
+        tokens: Number of tokens of the prompt.
         guidance: Whether the pipeline batches two branches of classifier-free guidance.
         steps: Denoising steps.
         scale: Pixels of a latent, along one side.

@@ -39,7 +39,7 @@ class Row:
     """What was measured of a contestant. Times are seconds, medians over the rounds.
 
     Args:
-        name: Of the contestant.
+        name: The name of the contestant.
         error: Why there is no measurement; None where there is one.
         run: A whole run.
         runs: Each of them, round by round.
@@ -116,7 +116,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 @dataclass
 class _Laps:
-    """Of one contestant: for each round its steps' seconds, and its whole run's."""
+    """The laps of one contestant: for each round its steps' seconds, and its whole run's."""
 
     contestant: Contestant
     run: Run | None = None

@@ -25,7 +25,7 @@ class Contestant:
     """One way to run a rig.
 
     Args:
-        name: Of its row.
+        name: The name of its row.
         prepare: Makes the run, once; raises where it cannot.
         phases: Whether its steps are alike before the gate, and after it.
         closes: Whether its steps after the gate differ from those before it.

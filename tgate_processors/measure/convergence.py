@@ -124,7 +124,7 @@ def _fault_in(changes: Tensor, layers: Any, settings: Any) -> str | None:
 
 
 def _fault_in_settings(settings: Any, count: int) -> str | None:
-    """Of those that the suggestion and the plot read."""
+    """The fault in the settings that the suggestion and the plot read."""
     if not isinstance(settings, dict):
         return "settings that are no object"
     if not _are_words([settings.get("pipeline"), settings.get("scheduler")]):
@@ -151,7 +151,7 @@ def measure_convergence(
         prompts: What to draw.
         num_inference_steps: Denoising steps, at least 5.
         seed: Prompt i starts from the noise of `seed + i`.
-        call_kwargs: Of the pipeline's call, such as `guidance_scale`.
+        call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
         ConfigError: There is no prompt, or too few steps.
@@ -186,9 +186,9 @@ class Suggestion:
     """The gate step that a convergence suggests.
 
     Args:
-        gate_step: Of the middle prompt.
-        num_inference_steps: Of the run.
-        gate_steps: Of each prompt.
+        gate_step: The gate step of the middle prompt.
+        num_inference_steps: Number of steps in the run.
+        gate_steps: The gate step of each prompt.
         tolerance: By which they were found.
         changes: `(steps - 1,)`: the median change of each step from the second on.
         macs_saved: The part of the stock pipeline's arithmetic that a run with this gate step saves, 0 to 1.
@@ -231,7 +231,7 @@ def suggestion(
         pipe: The pipeline that was measured.
         convergence: What was measured.
         tolerance: Under which cross-attention has converged, between 0 and 1.
-        call_kwargs: Of the pipeline's call, such as `guidance_scale`.
+        call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
         ConfigError: `tolerance` is not between 0 and 1.

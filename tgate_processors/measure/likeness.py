@@ -87,7 +87,7 @@ class FrechetDistance:
         self._metric.update(real, real=True)
 
     def __call__(self, pictures: Tensor) -> float:
-        """Of pictures as the real ones are."""
+        """The distance of pictures, given as the real ones are."""
         self._metric.reset()
         self._metric.update(pictures, real=False)
         return float(self._metric.compute())

@@ -175,7 +175,7 @@ def quality_of_pipeline(
         seed: Prompt i starts from the noise of `seed + i`.
         clip: A CLIP model's folder or its name on the hub, for CLIP scores; None: likeness alone.
         only: Parts of the names of the ways to keep; none: all. The stock pipeline is always there.
-        call_kwargs: Of the pipeline's call, such as `guidance_scale`.
+        call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
         ConfigError: There is no prompt, too few steps, or `only` names no way.

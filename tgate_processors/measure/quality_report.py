@@ -35,7 +35,7 @@ class Estimate:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Of the mean of `(count,)` values: Wilson's interval for booleans, the normal one for numbers."""
+    """The interval of the mean of `(count,)` values: Wilson's interval for booleans, the normal one for numbers."""
     count = len(values)
     mean = float(values.double().mean())
     if values.dtype is not torch.bool:
@@ -51,14 +51,14 @@ class Row:
     """What was measured of one way.
 
     Args:
-        name: Of the way.
+        name: The name of the way.
         error: Why there is no measurement; None where there is one.
         arithmetic: Multiply-accumulates of the denoiser, attention's products among them, over the stock run's.
         psnr, ssim: Likeness to the stock pictures of the same seeds; of the stock pictures themselves None.
         scores: By name; "all" or the like.
         to_stock: The difference of the deciding score to the stock pipeline's, picture by picture.
         frechet: Distance to real pictures; None where there are none.
-        gate_step: Of the papers' gate; None: it is something else.
+        gate_step: The gate step of the papers' gate; None: it is something else.
         gate_steps: Where a gate that decides itself closed, picture by picture.
     """
 

@@ -22,12 +22,12 @@ class Rig:
     """What is run, and where.
 
     Args:
-        name: Of the architecture.
+        name: The name of the architecture.
         known: The architecture; its steps and pixels are the run's.
         config: The gate's settings.
         batch: Pictures at once.
         device: Such as `cpu` or `cuda`.
-        dtype: Of weights and latents.
+        dtype: The type of weights and latents.
     """
 
     name: str

@@ -21,7 +21,7 @@ class RunCost:
         steps: Denoising steps.
         stock_macs, gated_macs: Multiply-accumulates, attention's matrix products among them.
         stock_linear_and_conv_macs, gated_linear_and_conv_macs: Those of Linear and Conv layers alone, as published.
-        parameters: Of the denoiser.
+        parameters: Number of parameters of the denoiser.
         parameters_without_gated: The same less those of the cross-attention layers.
         cache_bytes: Attention output kept at the peak, in half precision.
     """

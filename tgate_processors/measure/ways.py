@@ -27,7 +27,7 @@ class Way:
     Args:
         name: What people call it.
         on: Puts it on a pipeline while its context lasts, and gives the changes of the pipeline's arguments.
-        gate_step: Of the papers' gate, to be compared with its like.
+        gate_step: The gate step of the papers' gate, to be compared with its like.
     """
 
     name: str
@@ -81,7 +81,7 @@ def dropping_guidance(gate_step: int, num_steps: int, *, first: bool = False) ->
 
     Args:
         gate_step: Steps with both branches.
-        num_steps: Of the run, one evaluation each.
+        num_steps: Number of steps in the run, one evaluation each.
         first: Whether the first half of the batch goes on, which is the negative branch.
     """
 
