@@ -144,7 +144,7 @@ class Calls(Whole):
 
 
 def _mean(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The mean of a layer's outputs over the calls of the network, its first call with the others' first, and so on."""
+    """The mean of a layer's outputs over the calls of the network, its first with the others' first, and so on."""
     means = []
     for same in zip(*outputs, strict=False):
         fitting = [output for output in same if output.shape == same[0].shape]

@@ -123,7 +123,7 @@ class Loop:
             self.latents.append([torch.cat(noise).to(unet.dtype)])
 
     def pictures(self, run: Callable[[Tensor, Tensor, list[Tensor]], Tensor]) -> Tensor:
-        """The pictures of what `run` makes of each chunk's embeddings, negative and positive, and its stock latents."""
+        """The pictures that `run` makes of each chunk's embeddings, negative and positive, and its stock latents."""
         made = []
         for chunk, latents in enumerate(self.latents):
             prompts = [caption(scene) for scene in self.scenes[chunk * BATCH : (chunk + 1) * BATCH]]
