@@ -3,25 +3,31 @@
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+import zoo_transformers  # noqa: F401  # its pipelines register themselves
+from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import fingerprint, left_behind, seeded, tiny
 from torch.nn import functional
+from zoo import ENTRIES
+from zoo import seeded as seeded_pipeline
 
 from tgate_processors import ConfigError, TGateConfig, apply_tgate
 from tgate_processors.cli import main
 from tgate_processors.demo import experiments
 from tgate_processors.demo.evaluate import generate, held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
-from tgate_processors.demo.quality import DemoWay, _Stock, demo_ways
 from tgate_processors.demo.world import caption
 from tgate_processors.measure import likeness, ways
-from tgate_processors.measure.quality import Drawn, compare, draw, quality_of_pipeline
-from tgate_processors.measure.quality_report import Estimate, Report, Row, estimate, plot_quality
+from tgate_processors.measure.intervals import difference, estimate
+from tgate_processors.measure.quality import Drawn, compare, draw, quality_of_pipeline, ways_for
+from tgate_processors.measure.quality_report import Quality, Report, Row, plot_quality
+from tgate_processors.measure.samplers import SAMPLERS, sampler_on
 from tgate_processors.measure.ways import Way, named
 
 
@@ -36,59 +42,97 @@ def pipe():
     return pipe
 
 
-@pytest.fixture(scope="module")
-def stock(pipe):
-    stock = _Stock(pipe, held_out_scenes(3, 5), 5, STEPS, 5.0)
-    stock.draw(DemoWay(ways.stock()), None)
-    return stock
-
-
 def whole(pipe, **kwargs):
-    """Drawn without any shared step -> 0..1."""
+    """-> 0..1."""
     scenes = held_out_scenes(3, 5)
     return (generate(pipe, [caption(s) for s in scenes], range(5, 8), **SETTINGS | kwargs) + 1) / 2
 
 
-# Shared steps
+# Ways
 
 
-@pytest.mark.parametrize("gate_step", [1, 3, 5])
-def test_a_gate_drawn_from_the_stock_run_is_the_gate(pipe, stock, gate_step):
-    one = next(one for one in demo_ways(STEPS) if one.way.name == f"gate step {gate_step}")
-    drawn = stock.draw(one, None)
-    with apply_tgate(pipe, TGateConfig(gate_step=gate_step)) as tgate:
-        expected = whole(pipe, callback_on_step_end=tgate)
-        summary = tgate.summary()
-    assert torch.equal(drawn.pictures, expected)
-    assert drawn.macs == pytest.approx(summary.cost.macs / 3, rel=1e-6)
-
-
-def test_a_control_drawn_from_the_stock_run_drops_guidance(pipe, stock):
-    one = next(one for one in demo_ways(STEPS) if one.way.name == "guidance dropped after 2")
-
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_the_control_drops_guidance(pipe, sampler):
     def drop(pipe, step_index, timestep, kwargs):
-        if step_index + 1 == 2:
+        if step_index + 1 == 2 * pipe.scheduler.order:
             pipe._guidance_scale = 1.0
             kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[1]
         return kwargs
 
-    drawn = stock.draw(one, None)
-    expected = whole(pipe, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert torch.allclose(drawn.pictures, expected, rtol=0, atol=1e-5)
-    way = ways.dropping_guidance(2, STEPS)
-    with way.on(pipe) as changes:
-        assert torch.allclose(whole(pipe, **changes), expected, rtol=0, atol=1e-4)
+    with sampler_on(pipe, sampler):
+        expected = whole(pipe, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+        with ways.dropping_guidance(2).on(pipe) as changes:
+            assert torch.allclose(whole(pipe, **changes), expected, rtol=0, atol=1e-4)
 
 
-def test_ways_leave_no_trace(pipe, stock):
+def test_ways_leave_no_trace(pipe):
     before = fingerprint(pipe.unet)
-    scheduler = pipe.scheduler
-    for one in demo_ways(STEPS, every=3):
-        if "tomesd" in one.way.name:
+    for way in ways_for(STEPS, has_unet=True):
+        if "tomesd" in way.name:
             continue  # its own `remove_patch` leaves attributes behind
-        stock.draw(one, None)
-        assert left_behind(before, pipe.unet) == {}, one.way.name
-        assert pipe.scheduler is scheduler
+        with way.on(pipe) as changes:
+            pipe(**SETTINGS | {"prompt": "a circle", "output_type": "latent"} | changes)
+        assert left_behind(before, pipe.unet) == {}, way.name
+
+
+def test_a_batch_decides_together_and_is_drawn_alone(pipe):
+    prompts = [caption(scene) for scene in held_out_scenes(3, 0)]
+    sizes = []
+
+    def arguments(chunk):
+        sizes.append(len(prompts[chunk]))
+        return SETTINGS | {"prompt": prompts[chunk], "generator": [seeded(s) for s in range(3)[chunk]]}
+
+    auto = next(way for way in ways_for(STEPS, has_unet=True) if way.name == "gate step auto")
+    assert auto.is_alone
+    assert len(draw(pipe, auto, 3, arguments, batch_size=2).pictures) == 3
+    assert set(sizes) == {1}
+    sizes.clear()
+    draw(pipe, ways.stock(), 3, arguments, batch_size=2)
+    assert sizes == [2, 1, 1]  # and once more to be counted
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_is_there_for_a_while(pipe, name):
+    own = pipe.scheduler
+    with sampler_on(pipe, name):
+        assert type(pipe.scheduler).__name__ == SAMPLERS[name][0]
+        assert pipe.scheduler.config.prediction_type == own.config.prediction_type
+        assert pipe.scheduler.config.get("use_karras_sigmas", False) is ("karras" in name)
+        assert torch.isfinite(whole(pipe)).all()
+    assert pipe.scheduler is own
+
+
+def test_a_sampler_is_what_its_name_says_whatever_the_pipeline_has():
+    pipe = load_demo_pipeline()
+    with sampler_on(pipe, "dpm++-2m-sde-karras"):
+        with sampler_on(pipe, "dpm++-2m-karras"):
+            assert pipe.scheduler.config.algorithm_type == "dpmsolver++"
+        with sampler_on(pipe, "euler"):
+            assert pipe.scheduler.config.use_karras_sigmas is False
+
+
+def test_an_unknown_sampler_lists_the_known_ones(pipe):
+    with (
+        pytest.raises(ConfigError, match=r"`sampler` must be one of ddim, dpm\+\+-2m-karras, .*, got 'dpm'"),
+        sampler_on(pipe, "dpm"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["LTXPipeline", "WanPipeline"])
+def test_a_sampler_that_does_not_suit_the_model_is_refused(name):
+    pipe = seeded_pipeline(ENTRIES[name].build)
+    if name == "WanPipeline":
+        pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with (
+        pytest.raises(ConfigError, match=r"`sampler` must suit the pipeline's \w+Scheduler, got 'ddim'"),
+        sampler_on(pipe, "ddim"),
+    ):
+        pass
 
 
 def test_arithmetic_is_counted_run_by_run(pipe):
@@ -133,8 +177,8 @@ def test_runs_that_close_at_different_steps_are_counted_apart(pipe):
     ("name", "config"),
     [
         ("the mean of the halves stored (the papers')", TGateConfig(gate_step=9)),
-        ("looks at 11, 17, 23; fading 0.9", TGateConfig(gate_step=6, look_interval=6)),
-        ("looks every 4 from 2 on; fading 0.9 (8 steps)", TGateConfig(gate_step=3, look_interval=4)),
+        ("looks at 11, 17, 23; fade measured", TGateConfig(gate_step=6, look_interval=6)),
+        ("looks every 4 from 2 on; fade measured (8 steps)", TGateConfig(gate_step=3, look_interval=4)),
     ],
 )
 def test_the_experiments_loop_draws_what_the_pipeline_draws(name, config):
@@ -175,30 +219,55 @@ def test_a_share_lies_in_its_interval(right):
     assert share.high - share.low > 0
 
 
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
+def test_a_difference_lies_in_its_interval_which_is_one(pairs):
+    values, others = torch.tensor(pairs).T
+    change = difference(values, others)
+    assert change.low <= change.mean + 1e-9
+    assert change.mean - 1e-9 <= change.high
+    assert change.high - change.low > 0
+    back = difference(others, values)
+    assert (back.mean, back.low, back.high) == pytest.approx((-change.mean, -change.high, -change.low))
+
+
+def test_a_difference_of_pairs_by_hand():
+    """Bonett and Price: of 24 pairs that agree, 1/26 for each kind of disagreement."""
+    agree = torch.ones(24, dtype=torch.bool)
+    change = difference(agree, agree)
+    assert change.mean == 0
+    assert change.high == -change.low == pytest.approx(1.96 * math.sqrt(2 / 26 / 26))
+    conditions = torch.stack([agree, ~agree])  # half right each time: one observation of a half
+    assert difference(conditions, torch.stack([agree, agree])).mean == -0.5
+
+
 def test_intervals_by_hand():
     share = estimate(torch.tensor([True] * 8 + [False] * 2))  # Wilson 1927, worked out: 0.490 to 0.943
     assert (share.mean, round(share.low, 3), round(share.high, 3)) == (0.8, 0.490, 0.943)
     mean = estimate(torch.tensor([1.0, 2.0, 3.0]))
     assert mean.mean == 2
-    assert mean.high - 2 == pytest.approx(1.96 / math.sqrt(3))
+    assert mean.high - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)  # Student's t of two degrees of freedom
+    alone = estimate(torch.tensor([1.0]))
+    assert (alone.mean, alone.low, alone.high) == (1, -math.inf, math.inf)
 
 
 def row(name, arithmetic, score, **more):
-    return Row(name, arithmetic=arithmetic, scores={"all": Estimate(score, score - 0.01, score + 0.01)}, **more)
+    return Row(name, arithmetic=arithmetic, scores={"all": torch.full((4,), float(score))}, **more)
 
 
+LIKENESS = {"psnr": torch.arange(4.0), "ssim": torch.ones(4)}
 REPORT = Report(
-    {"model": "toy"},
+    "toy",
     "all",
     (
         row("stock", 1.0, 0.99),
-        row("gate step 4", 0.6, 0.80, gate_step=4),
-        row("gate step 5", 0.7, 0.93, gate_step=5),
-        row("gate step 6", 0.8, 0.95, gate_step=6),
-        row("fewer steps: 5", 0.7, 0.90),
-        row("gate step auto", 0.75, 0.94, gate_steps=(4, 5, 7)),
+        row("gate step 4", 0.6, 0.80, gate_step=4, **LIKENESS),
+        row("gate step 5", 0.7, 0.93, gate_step=5, **LIKENESS),
+        row("gate step 6", 0.8, 0.95, gate_step=6, **LIKENESS),
+        row("fewer steps: 5", 0.7, 0.90, **LIKENESS),
+        row("gate step auto", 0.75, 0.94, gate_steps=(4, 5, 7), **LIKENESS),
         Row("broken", "RuntimeError: no"),
     ),
+    "gate step 5",
 )
 
 
@@ -212,22 +281,55 @@ def test_the_frontier_by_hand():
     assert REPORT.as_dict()["frontier"] == names
 
 
+def test_samplers_together_by_hand():
+    """Of two prompts the way draws one right under both samplers, and the other under none."""
+    right = torch.tensor([True, True])
+    report = Report(
+        "one",
+        "all",
+        (
+            Row("stock", arithmetic=1.0, scores={"all": right}),
+            Row("papers", arithmetic=0.5, scores={"all": right}, psnr=torch.tensor([20.0, 22.0]), ssim=torch.ones(2)),
+            Row("way", arithmetic=0.4, scores={"all": right & torch.tensor([True, False])}, **LIKENESS_OF_TWO),
+            Row("broken", "no"),
+        ),
+        "papers",
+    )
+    quality = Quality({"model": "toy"}, (report, replace(report, sampler="two")))
+    stock, papers, way = quality.together()
+    assert (way.name, way.scores, way.together) == ("way", {"one": 0.5, "two": 0.5}, 0.5)
+    assert way.arithmetic == pytest.approx(0.4)
+    assert way.to_stock == way.to_papers
+    assert way.to_stock.mean == -0.5
+    assert way.psnr_to_papers.mean == 4
+    assert stock.to_stock is None
+    assert papers.to_stock.mean == 0
+    assert papers.to_stock.high > 0 > papers.to_stock.low
+    assert papers.to_papers is None
+    assert "all samplers" in str(quality)
+    assert "all samplers" not in str(replace(quality, reports=(report,)))
+
+
+LIKENESS_OF_TWO = {"psnr": torch.tensor([24.0, 26.0]), "ssim": torch.ones(2)}
+
+
 @given(st.floats(0.5, 0.9), st.floats(0.2, 2), st.lists(st.floats(-0.004, 0.004), min_size=14, max_size=14))
 def test_the_gate_that_the_frontier_suggests(rate, size, noise):
     """Of losses that fall exponentially, with a little noise, it is the best one or a neighbour that is as good."""
     gates = range(1, 15)
     cost = {gate: size * rate**gate + gate / 100 for gate in gates}
     rows = [row(f"gate step {g}", g / 50, 1 - size * rate**g + noise[g - 1], gate_step=g) for g in gates]
-    suggested = Report({}, "all", (row("stock", 1, 1), *rows)).gate_step()
+    suggested = Report("", "all", (row("stock", 1, 1), *rows)).gate_step()
     assert cost[suggested] - min(cost.values()) < 0.01
 
 
 def test_few_gates_suggest_nothing():
-    assert Report({}, "all", REPORT.rows[:3]).gate_step() is None
+    assert Report("", "all", REPORT.rows[:3]).gate_step() is None
 
 
-def test_it_is_pictured(tmp_path):
-    plot_quality(REPORT, tmp_path / "plot.png")
+@pytest.mark.parametrize("samplers", [1, 3])
+def test_it_is_pictured(tmp_path, samplers):
+    plot_quality(Quality({"model": "toy"}, [REPORT] * samplers), tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert min(picture.size) > 800
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
@@ -276,10 +378,11 @@ def test_a_way_that_fails_is_reported():
         draw_way,
         lambda drawn, stock: {"all": torch.tensor([True, False])},
         "all",
-        {},
+        "toy",
+        settings={},
     ).rows
     assert [row.error for row in rows] == [None, "RuntimeError: no kernel for this", None]
-    assert rows[2].psnr.mean == math.inf
+    assert rows[2].psnr.tolist() == [math.inf] * 2
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
@@ -289,12 +392,15 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
 
 
 def test_names_choose():
-    chosen = named([one.way for one in demo_ways(STEPS)], ["Deep"])
+    candidates = ways_for(STEPS, has_unet=True)
+    chosen = named(candidates, ["Deep"])
     assert [way.name for way in chosen] == ["stock", "DeepCache, interval 3", "DeepCache, interval 3, gated"]
+    assert [way.name for way in named(candidates, ["tomesd"])][1:] == ["tomesd, ratio 0.5", "tomesd, ratio 0.5, gated"]
+    assert not any("tomesd" in way.name for way in named(candidates, []))
     with pytest.raises(
         ConfigError, match=r"`only` must hold parts of names, got 'nobody'\. They are: stock, gate step 1"
     ):
-        named([one.way for one in demo_ways(STEPS)], ["nobody"])
+        named(candidates, ["nobody"])
 
 
 # The command
@@ -303,16 +409,21 @@ def test_names_choose():
 def test_quality_of_the_demo(tmp_path, capsys):
     picture = tmp_path / "q.png"
     arguments = ["quality", "--count", "2", "--steps", "6", "--seed", "5", "--only", "gate step", "look: 1", "tomesd"]
-    assert main([*arguments, "--json", "--plot", str(picture)]) == 0
-    report = json.loads(capsys.readouterr().out)
-    rows = {row["name"]: row for row in report["rows"]}
-    assert next(iter(rows)) == "stock"
-    assert {f"gate step {step}" for step in range(1, 6)} | {"gate step auto"} <= rows.keys()
-    assert all(row["error"] is None for row in rows.values())
-    assert rows["gate step 1"]["arithmetic"] < rows["gate step 5"]["arithmetic"] < 1
-    assert rows["gate step 1"]["psnr"]["mean"] < rows["gate step 5"]["psnr"]["mean"]
-    assert {"shape", "colour", "size", "pattern", "all right"} <= rows["stock"]["scores"].keys()
-    assert report["gate_step"] in range(1, 6)
+    assert main([*arguments, "--sampler", "ddim", "euler-a", "--json", "--plot", str(picture)]) == 0
+    quality = json.loads(capsys.readouterr().out)
+    assert list(quality["samplers"]) == ["ddim", "euler-a"]
+    for report in quality["samplers"].values():
+        rows = {row["name"]: row for row in report["rows"]}
+        assert next(iter(rows)) == "stock"
+        assert {f"gate step {step}" for step in range(1, 6)} | {"gate step auto"} <= rows.keys()
+        assert all(row["error"] is None for row in rows.values())
+        assert rows["gate step 1"]["arithmetic"] < rows["gate step 5"]["arithmetic"] < 1
+        assert rows["gate step 1"]["psnr"]["mean"] < rows["gate step 5"]["psnr"]["mean"]
+        assert {"shape", "colour", "size", "pattern", "all right"} <= rows["stock"]["scores"].keys()
+        assert rows["gate step 2"]["to_papers"] is None
+        assert rows["gate step 5"]["psnr_to_papers"]["mean"] > 0
+        assert report["gate_step"] in range(1, 6)
+    assert {row["name"] for row in quality["together"]} == rows.keys()
     assert picture.is_file()
 
 
@@ -327,6 +438,7 @@ def test_quality_of_ones_own_pipeline(tmp_path, capsys):
     assert (
         "pipeline StableDiffusionPipeline, scheduler DDIMScheduler, guidance_scale 5.0, steps 5, prompts 2" in printed
     )
+    assert "sampler its own" in printed
     assert "likeness" in printed
     assert "gate step 2" in printed
 
@@ -374,6 +486,7 @@ def test_clip_scores_where_a_model_is_at_hand(tmp_path):
         (["--count", "1"], "`--count` must be a whole number of at least 2, got 1"),
         (["--steps", "3"], "`--steps` must be a whole number of at least 5, got 3"),
         (["--steps", "6", "--only", "nobody"], "`--only` must hold parts of names, got 'nobody'"),
+        (["--sampler", "ddim", "dpm"], "`--sampler` must be one of ddim, dpm++-2m-karras, "),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -115,15 +115,25 @@ def difference_of_halves(output: Any, *, first: bool) -> list[torch.Tensor]:
     return [other - one for one, other in pairs]
 
 
+def difference(one: Any, other: Any) -> list[torch.Tensor]:
+    """What another branch puts out less what the one that goes on does, of each tensor in a denoiser's outputs."""
+    return [theirs - its for its, theirs in zip(tensors_in(one), tensors_in(other), strict=True)]
+
+
+def plus(output: Any, differences: Iterable[torch.Tensor]) -> Any:
+    """The output of another branch, from that of the branch that goes on and what the other one differs by."""
+    rest = iter(differences)
+    return map_tensors(lambda tensor: tensor + next(rest), output)
+
+
 def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: bool) -> Any:
     """Both halves of a denoiser's output, from the branch that goes on and what the other one differs by."""
-    rest = iter(differences)
+    others = iter(tensors_in(plus(output, differences)))
 
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        other = tensor + next(rest)
-        return torch.cat([tensor, other] if first else [other, tensor])
+    def join(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, next(others)] if first else [next(others), tensor])
 
-    return map_tensors(add, output)
+    return map_tensors(join, output)
 
 
 def halves_are_equal(sample: torch.Tensor) -> bool:

@@ -12,20 +12,22 @@ import torch
 from tgate_processors._folding import (
     Inputs,
     ambiguous_argument,
+    difference,
     difference_of_halves,
     double,
     half_of,
     halves_are_equal,
     mean_of_halves,
+    plus,
     sample_of,
     take_half,
     tensors_in,
     with_difference,
 )
 from tgate_processors._gated_layers import Outputs
-
-
-FADING = 0.9  # of kept guidance, in a twenty-fifth of the run
+from tgate_processors._kept import KeptGuidance
+from tgate_processors._modes import Phase
+from tgate_processors.schedule import Branch
 
 
 class Whole:
@@ -49,23 +51,38 @@ class Whole:
         return False
 
     def leaves_out(self, call: int) -> bool:
-        """Whether call number `call` for a timestep is left out after the gate, and answered as the first."""
+        """Whether call number `call` for a timestep is left out where one branch is denoised."""
         return False
 
-    def half(self, tensor: torch.Tensor) -> torch.Tensor:
+    def half(self, tensor: torch.Tensor, phase: Phase) -> torch.Tensor:
         """The half of a batched tensor that goes on."""
-        return half_of(tensor, first=self.keeps_first_half)
+        return half_of(tensor, first=self.takes_first_half(phase))
 
-    def fold(self, inputs: Inputs) -> Inputs:
+    def fold(self, inputs: Inputs, phase: Phase) -> Inputs:
         """The branch that goes on, of a batch of two halves."""
-        return take_half(inputs, sample_of(inputs).shape[0], first=self.keeps_first_half)
+        return take_half(inputs, sample_of(inputs).shape[0], first=self.takes_first_half(phase))
 
-    def unfold(self, output: Any, time: float) -> Any:
-        """Both halves of an output of one; `time` is in twenty-fifths of the run."""
+    def takes_first_half(self, phase: Phase) -> bool:
+        """Which half goes on where one branch is denoised."""
+        return self.keeps_first_half
+
+    def unfold(self, output: Any, step: int) -> Any:
+        """Both halves of the output of one, in a step of the run."""
         return output
 
-    def note(self, output: Any, time: float) -> None:
-        """Keep the guidance in the output of both halves."""
+    def answer(self, call: int, output: Any, step: int) -> Any:
+        """What a call is answered that is left out, from the output of the timestep's first call."""
+        return output
+
+    def note(self, call: int, output: Any, step: int, channels: int | None = None) -> None:
+        """See the guidance in the output of a call, where both branches are denoised.
+
+        Args:
+            call: Which call for its timestep it is.
+            output: Its output.
+            step: The step of the run.
+            channels: Number of channels in the network's sample, if known.
+        """
 
     def reduce(self, output: torch.Tensor) -> torch.Tensor:
         """What is kept of a layer's output that was stored before anybody knew of its halves."""
@@ -80,21 +97,30 @@ class Halves(Whole):
     """The batch is `[negative, positive]`, or the other way round: one half goes on.
 
     Args:
-        first_half: Whether the first half goes on.
+        branch: Which branch goes on after the gate. Before guidance begins it is the positive one.
+        positive_first: Whether the batch begins with the positive branch.
         looks: Whether the run looks again: layers then keep the half that goes on, and guidance is kept between looks.
         is_denoiser: Whether the output is guided. That of a ControlNet is not.
         is_tried: Whether the pipeline is known to call once for a timestep and to say whether it does guidance. Of
             others the halves must be seen to be equal, and a pipeline that calls several times has none.
     """
 
-    def __init__(self, *, first_half: bool, looks: bool, is_denoiser: bool = True, is_tried: bool = True) -> None:
-        self.keeps_first_half = first_half
+    def __init__(
+        self,
+        branch: Branch,
+        *,
+        positive_first: bool = False,
+        looks: bool = False,
+        is_denoiser: bool = True,
+        is_tried: bool = True,
+    ) -> None:
+        self._positive_first = positive_first
+        self.keeps_first_half = (branch == "positive") is positive_first
         self._looks = looks
         self._keeps_guidance = looks and is_denoiser
         self._is_tried = is_tried
         self._seen: dict[int, bool] = {}  # by batch: whether the halves of the sample were equal
-        self._kept: list[torch.Tensor] = []
-        self._noted = 0.0  # when
+        self._kept = KeptGuidance()
 
     def has_halves(self, inputs: Inputs, does_guidance: bool | None, *, step: int, calls: int) -> bool | None:
         sample = sample_of(inputs)
@@ -116,31 +142,67 @@ class Halves(Whole):
             self._seen[batch] = halves_are_equal(sample)
         return self._seen[batch]
 
-    def unfold(self, output: Any, time: float) -> Any:
-        shapes = [tensor.shape for tensor in tensors_in(output)]
-        if shapes != [kept.shape for kept in self._kept]:
-            return double(output)  # nothing is kept, or it is of another size
-        fades = FADING ** (time - self._noted)
-        return with_difference(output, [fades * kept for kept in self._kept], first=self.keeps_first_half)
+    def takes_first_half(self, phase: Phase) -> bool:
+        return self._positive_first if phase is Phase.UNGUIDED else self.keeps_first_half
 
-    def note(self, output: Any, time: float) -> None:
+    def unfold(self, output: Any, step: int) -> Any:
+        kept = self._kept.at(step)
+        if not _fit(kept, output):
+            return double(output)
+        return with_difference(output, kept, first=self.keeps_first_half)
+
+    def note(self, call: int, output: Any, step: int, channels: int | None = None) -> None:
         if self._keeps_guidance and all(tensor.shape[0] % 2 == 0 for tensor in tensors_in(output)):
-            self._kept, self._noted = difference_of_halves(output, first=self.keeps_first_half), time
+            self._kept.note(difference_of_halves(output, first=self.keeps_first_half), step, channels=channels)
 
     def reduce(self, output: torch.Tensor) -> torch.Tensor:
         if output.shape[0] % 2:
             return output
-        return self.half(output) if self._looks else mean_of_halves(output)
+        return half_of(output, first=self.keeps_first_half) if self._looks else mean_of_halves(output)
 
 
 class Calls(Whole):
-    """Each branch is a call: those after the first are left out, and answered as the first."""
+    """Each branch is a call, the positive one first: those after the first are left out.
+
+    Args:
+        looks: Whether the run looks again: layers then keep what they put out for the first call, and guidance is kept
+            between looks.
+    """
+
+    def __init__(self, *, looks: bool) -> None:
+        self._looks = looks
+        self._first: Any = None  # the output of a timestep's first call, at a look
+        self._kept: dict[int, KeptGuidance] = {}  # by call
 
     def leaves_out(self, call: int) -> bool:
         return call > 0
 
+    def answer(self, call: int, output: Any, step: int) -> Any:
+        kept = self._kept[call].at(step) if call in self._kept else []
+        return plus(output, kept) if _fit(kept, output) else output
+
+    def note(self, call: int, output: Any, step: int, channels: int | None = None) -> None:
+        if not self._looks:
+            return
+        if call == 0:
+            self._first = output
+        elif _shapes(output) == _shapes(self._first):
+            kept = self._kept.setdefault(call, KeptGuidance())
+            kept.note(difference(self._first, output), step, channels=channels)
+
     def merge(self, calls: list[Outputs]) -> Outputs:
+        if self._looks:
+            return calls[0]
         return {name: _mean([outputs[name] for outputs in calls if name in outputs]) for name in calls[0]}
+
+
+def _fit(kept: list[torch.Tensor], output: Any) -> bool:
+    """Whether something is kept, and is of the size of an output."""
+    return bool(kept) and [tensor.shape for tensor in kept] == _shapes(output)
+
+
+def _shapes(output: Any) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_in(output)]
 
 
 def _mean(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:

@@ -288,15 +288,18 @@ class Loop:
 
     def _strategy(self, is_denoiser: bool) -> Whole:
         guidance = self._family.guidance
+        looks = self.config.look_interval is not None
         if guidance is Guidance.CALLS:
-            return Calls()
+            return Calls(looks=looks)
         if guidance is Guidance.NONE:
             return Whole()
-        looks = self.config.look_interval is not None
-        branch = self.config.branch or ("positive" if looks else self._family.branch)
-        negative_first = guidance is not Guidance.HALVES_POSITIVE_FIRST
-        first_half = (branch == "negative") == negative_first
-        return Halves(first_half=first_half, looks=looks, is_denoiser=is_denoiser, is_tried=self._is_tried)
+        return Halves(
+            self.config.branch or ("positive" if looks else self._family.branch),
+            positive_first=guidance is Guidance.HALVES_POSITIVE_FIRST,
+            looks=looks,
+            is_denoiser=is_denoiser,
+            is_tried=self._is_tried,
+        )
 
     def _watched(self, network: GatedNetwork) -> tuple[str, ...]:
         names = tuple(network.layers.cross_attention)

@@ -23,18 +23,26 @@ HALVING = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
 
 
 class Phase(Enum):
+    UNGUIDED = "before guidance"
     PLANNING = "semantics-planning"
     FIDELITY = "fidelity-improving"
+
+    @property
+    def has_one_branch(self) -> bool:
+        """Whether one branch of guidance is denoised, where there are two."""
+        return self is not Phase.PLANNING
 
 
 class StepMode(Enum):
     """The legal states of a step: its phase, the mode of cross-attention, the mode of self-attention.
 
-    `CLOSING` is the last step of the planning phase. With classifier-free guidance it stores the mean of the
-    two halves of the batch, since one branch goes on; without guidance (`_UNGUIDED`) it stores what it has. Where the
-    run looks at its text again, each look is such a step, and stores the half that goes on (`LOOKING`).
+    `UNGUIDED` is a step before guidance begins. `CLOSING` is the last step of the planning phase. With classifier-free
+    guidance it stores the mean of the two halves of the batch, since one branch goes on; without guidance
+    (`CLOSING_UNGUIDED`) it stores what it has. Where the run looks at its text again, each look is such a step, and
+    stores the half that goes on (`LOOKING`).
     """
 
+    UNGUIDED = Phase.UNGUIDED, AttentionMode.COMPUTE, AttentionMode.COMPUTE
     PLANNING = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.COMPUTE
     PLANNING_STORE_SELF = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.STORE
     PLANNING_REUSE_SELF = Phase.PLANNING, AttentionMode.COMPUTE, AttentionMode.REUSE

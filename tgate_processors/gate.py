@@ -92,7 +92,7 @@ class LoopRun(Run):
         self._layers = layers
         looks = config.look_interval is not None
         branch = config.branch or ("positive" if looks else "negative")
-        strategy = Halves(first_half=branch == "negative", looks=looks) if guidance else Whole()
+        strategy = Halves(branch, looks=looks) if guidance else Whole()
         names = list(layers.cross_attention)
         watched = tuple(names[i] for i in watched_layers(len(names))) if config.gate_step == "auto" else ()
         self._part = self.parts[layers] = Part(self, layers, strategy, watched=watched)
@@ -105,7 +105,7 @@ class LoopRun(Run):
         Args:
             tensor: `(2 * batch, ...)`, such as the noisy sample or the embeddings of the prompts.
         """
-        return self._part.strategy.half(tensor) if self._call.folded else tensor
+        return self._part.strategy.half(tensor, self._call.mode.phase) if self._call.folded else tensor
 
     def unfold(self, output: Tensor) -> Tensor:
         """Both branches of the network's output, `(2 * batch, ...)`, whatever was denoised.

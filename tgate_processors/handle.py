@@ -65,11 +65,7 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
         raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
     pipelines.check_is_not_refused(pipe)
     guidance = pipelines.family_of(pipe).guidance
-    if config.look_interval is not None and guidance is Guidance.CALLS:
-        raise ConfigError(
-            f"`look_interval` must be None for {type(pipe).__name__}, which calls its denoiser for each branch of "
-            f"guidance, got {config.look_interval}. Leave it out."
-        )
+    _check_has_guidance(pipe, config, guidance)
     for denoiser in pipelines.denoisers_of(pipe):
         check_can_be_gated(denoiser)
         _check_is_free(denoiser, pipe)
@@ -79,6 +75,20 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
                 "Pass `apply_tgate(pipe, config, deepcache=helper)`, or call `helper.disable()` first."
             )
         pipelines.check_has_no_cache(denoiser, guidance)
+
+
+def _check_has_guidance(pipe: Any, config: TGateConfig, guidance: Guidance) -> None:
+    name = type(pipe).__name__
+    if config.look_interval is not None and guidance is Guidance.NONE:
+        raise ConfigError(
+            f"`look_interval` must be None for {name}, which does no guidance that could be kept between looks, got "
+            f"{config.look_interval}. Leave it out."
+        )
+    if config.guidance_start and guidance in (Guidance.NONE, Guidance.PARTS):
+        why = "does no guidance" if guidance is Guidance.NONE else "denoises more than the two branches of guidance"
+        raise ConfigError(
+            f"`guidance_start` must be 0 for {name}, which {why}, got {config.guidance_start}. Leave it out."
+        )
 
 
 def _check_is_free(denoiser: torch.nn.Module, pipe: Any) -> None:

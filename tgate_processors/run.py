@@ -12,7 +12,7 @@ from tgate_processors._guidance import Whole
 from tgate_processors._modes import AttentionMode, Phase, StepMode
 from tgate_processors._record import Evaluation, Record
 from tgate_processors._store import Store, own
-from tgate_processors._watch import Watch, has_converged, to_paper_steps
+from tgate_processors._watch import Watch, has_converged
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, Schedule, TGateConfig
 
 
@@ -215,13 +215,13 @@ class Part:
         self.calls += 1
         self.most_calls = max(self.most_calls, self.calls)
         if call.number and self._answer is not None and self.strategy.leaves_out(call.number):
-            call.answer = self._answer
+            call.answer = self.strategy.answer(call.number, self._answer, run.step)
             self.record.left_out.append(call.given)
             return call
-        if run.step >= run.gate_step - 1:  # before, nothing depends on it
+        if run.schedule().depends_on_guidance(run.step):
             call.has_halves = self.strategy.has_halves(inputs, does_guidance(), step=run.step, calls=self.most_calls)
         self.plan(call)
-        call.inputs = self.strategy.fold(inputs) if call.folded else inputs
+        call.inputs = self.strategy.fold(inputs, call.mode.phase) if call.folded else inputs
         if self._other_cache is not None:
             self._other_cache.before(call.batch, call.mode)
         return call
@@ -234,9 +234,10 @@ class Part:
             self.closes_late = run.closed and not self._store.has_cross_attention
         schedule = run.schedule(bool(call.has_halves))
         call.mode = schedule[schedule.gate_step - 1 if self.closes_late else run.step]
-        if call.mode.phase is Phase.FIDELITY:
+        if call.mode.phase.has_one_branch:
             call.folded = bool(call.has_halves)
             call.batch //= 1 + call.folded
+        if call.mode.phase is Phase.FIDELITY:
             self._store.fit(call.number, call.batch, self.strategy, is_folded=call.folded)
         self._store.drop(call.number, call.mode, keeps_skipped=self._other_cache is not None)
 
@@ -262,25 +263,30 @@ class Part:
         shallow = self._other_cache is not None and self._other_cache.was_shallow()
         missed = frozenset(taken.missed)
         self.record.evaluations.append(Evaluation(call.mode, call.batch, shallow, call.given, missed))
-        output = self.guided_output(call, output)
-        if call.mode.phase is Phase.FIDELITY and self.strategy.leaves_out(call.number + 1):
+        if call.mode.phase.has_one_branch and self.strategy.leaves_out(call.number + 1):
             self._answer = output
-        return output
+        channels = sample_of(call.inputs).shape[1]
+        return self.guided_output(call, output, channels)
 
-    def guided_output(self, call: Call, output: Any) -> Any:
-        """The output of all that was given, of what was computed; its guidance is noted where all was."""
-        time = self.run.step / to_paper_steps(self.run.clock.num_steps)
+    def guided_output(self, call: Call, output: Any, channels: int | None = None) -> Any:
+        """The output of all that was given, of what was computed; its guidance is noted where all was.
+
+        Args:
+            call: From `before`.
+            output: What the network put out.
+            channels: Number of channels in its sample, if known.
+        """
         if call.folded:
-            return self.strategy.unfold(output, time)
-        if call.mode.cross_attention.stores and call.has_halves is not False:
-            self.strategy.note(output, time)
+            return self.strategy.unfold(output, self.run.step)
+        if not call.mode.phase.has_one_branch and (call.has_halves is not False or self.strategy.leaves_out(1)):
+            self.strategy.note(call.number, output, self.run.step, channels)
         return output
 
     def keep(self, call: Call, taken: Taken) -> None:
         """Keep what the layers have stored, or were watched to put out."""
         if self.run.is_over or not taken.new:
             return
-        if call.mode.cross_attention is AttentionMode.COMPUTE:
+        if call.mode.cross_attention is AttentionMode.COMPUTE and not call.mode.phase.has_one_branch:
             self._seen |= {name: own(new[-1][1]) for name, new in taken.new.items() if name in self._watched}
         self._store.keep(call.number, call.mode, call.batch, taken)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)

@@ -38,8 +38,12 @@ class TGateConfig:
             pipeline family's: `"negative"` as the original, `"positive"` for Stable Video Diffusion; with
             `look_interval` it takes `"positive"`.
         look_interval: After the gate, every `look_interval`-th step looks at the text again: it is computed as before
-            the gate. Between two looks one branch goes on, and the guidance of the last look is kept, fading. At
-            least 2; None is the papers' method, which drops guidance and does not look again.
+            the gate. Between two looks one branch goes on, and the guidance of the last look is kept; it fades as fast
+            as the looks have seen it fade. At least 2; None is the papers' method, which drops guidance and does not
+            look again.
+        guidance_start: First step, 0-based, with guidance: a count, or a fraction of the run, below `gate_step`. The
+            steps before it denoise the positive branch alone. With `gate_step` it makes a guidance interval
+            (Kynkäänniemi et al. 2024, arXiv 2404.07724).
         tolerance: With `gate_step="auto"`: the relative change of cross-attention's output in a twenty-fifth of the
             run, between 0 and 1, under which it has converged. `measure_convergence` shows a model's own.
         offload_cache: Keep stored outputs in the host's memory: for those at their device's limit, since each step
@@ -56,6 +60,7 @@ class TGateConfig:
     warm_up: int = 0
     branch: Branch | None = None
     look_interval: int | None = None
+    guidance_start: int | float = 0
     tolerance: float = 0.09
     offload_cache: bool = False
 
@@ -71,6 +76,7 @@ class TGateConfig:
             )
         if self.look_interval is not None:
             require_whole("look_interval", self.look_interval, least=2)
+        _require_guidance_start(self.guidance_start, self.gate_step)
         require_tolerance(self.tolerance)
         if not isinstance(self.offload_cache, bool):
             raise ConfigError(f"`offload_cache` must be True or False, got {self.offload_cache!r}. Pass one of these.")
@@ -108,6 +114,25 @@ def _require_gate_step(value: object) -> None:
         )
 
 
+def _require_guidance_start(value: object, gate_step: GateStep) -> None:
+    if isinstance(value, bool) or not (
+        (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value < 1)
+    ):
+        raise ConfigError(
+            f"`guidance_start` must be a whole number of at least 0, or a fraction between 0 and 1, got {value!r}. "
+            "Pass for example `guidance_start=2`, or leave it out for guidance from the first step on."
+        )
+    if not isinstance(gate_step, str) and type(value) is type(gate_step) and value >= gate_step:
+        raise _begins_after_the_gate(value, gate_step)
+
+
+def _begins_after_the_gate(guidance_start: object, gate_step: object) -> ConfigError:
+    return ConfigError(
+        f"`guidance_start` must be below `gate_step`, got {guidance_start!r} with the gate at {gate_step!r}: guidance "
+        "would never begin. Pass a smaller one, or a larger `gate_step`."
+    )
+
+
 class Schedule:
     """The mode of every step of a run. Indexes and iterates as a tuple of `StepMode`; prints as a table.
 
@@ -119,9 +144,11 @@ class Schedule:
 
     Attributes:
         gate_step: The first step, 0-based, after the gate; the number of steps or more where it does not close.
+        guidance_start: The first step, 0-based, with guidance.
 
     Raises:
-        ConfigError: `num_inference_steps` is no whole number of at least 1, or too few for `gate_step="auto"`.
+        ConfigError: `num_inference_steps` is no whole number of at least 1, or too few for `gate_step="auto"`, or
+            guidance would begin after the gate.
     """
 
     def __init__(
@@ -131,6 +158,9 @@ class Schedule:
         self.config = config
         self.guidance = guidance
         self.gate_step = _gate_step(config, num_inference_steps) if closes_at is None else closes_at
+        self.guidance_start = _steps(config.guidance_start, num_inference_steps)
+        if self.guidance_start >= min(self.gate_step, num_inference_steps):
+            raise _begins_after_the_gate(self.guidance_start, self.gate_step)
         self.modes = tuple(self._mode(step, num_inference_steps) for step in range(num_inference_steps))
 
     def __len__(self) -> int:
@@ -148,7 +178,14 @@ class Schedule:
             rows.append((span, mode.phase.value, mode.cross_attention.value, mode.self_attention.value, branches))
         return format_table(rows)
 
+    def depends_on_guidance(self, step: int) -> bool:
+        """Whether anything in a step depends on the run's doing guidance."""
+        looks = self.config.look_interval is not None
+        return looks or step < self.guidance_start or step >= self.gate_step - 1
+
     def _mode(self, step: int, num_inference_steps: int) -> StepMode:
+        if step < self.guidance_start and self.guidance:
+            return StepMode.UNGUIDED
         # Nothing is stored that no later step reads: whatever comes next stores anew unless it reuses.
         is_last = step + 1 == num_inference_steps
         self_attention = AttentionMode.COMPUTE
@@ -174,7 +211,8 @@ class Schedule:
             if self._looks(step):
                 return False
             return step % self.config.fi_interval != 0
-        return self.config.warm_up < step < self.gate_step - 1 and step % self.config.sp_interval != 0
+        warm_up = max(self.config.warm_up, self.guidance_start)
+        return warm_up < step < self.gate_step - 1 and step % self.config.sp_interval != 0
 
 
 def _gate_step(config: TGateConfig, num_inference_steps: int) -> int:
@@ -185,6 +223,9 @@ def _gate_step(config: TGateConfig, num_inference_steps: int) -> int:
                 f"{num_inference_steps}: there is no time to measure. Pass a count, for example `gate_step=1`."
             )
         return num_inference_steps
-    if isinstance(config.gate_step, float):
-        return max(1, round(config.gate_step * num_inference_steps))
-    return config.gate_step
+    return max(1, _steps(config.gate_step, num_inference_steps))
+
+
+def _steps(value: int | float, num_inference_steps: int) -> int:
+    """A count, or a fraction of the run, as a count."""
+    return round(value * num_inference_steps) if isinstance(value, float) else value

@@ -20,7 +20,7 @@ from tgate_processors.demo.compare import compare
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
 from tgate_processors.demo.picture import side_by_side
-from tgate_processors.demo.quality import quality_of_demo
+from tgate_processors.demo.quality import SAMPLERS, quality_of_demo
 from tgate_processors.demo.world import caption, parse
 from tgate_processors.errors import ConfigError
 from tgate_processors.measure import architectures
@@ -32,11 +32,13 @@ from tgate_processors.measure.interruption import INTERRUPTED, keeping
 from tgate_processors.measure.quality import quality_of_pipeline
 from tgate_processors.measure.quality_report import plot_quality
 from tgate_processors.measure.rig import Rig, reduced
+from tgate_processors.measure.tune import LEAST_STEPS, require_budget, tune
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 
 Options = argparse.Namespace
 DONE = 0
+QUICK_COUNT = 20  # prompts of the demo with `--quick`
 
 
 def run_demo(options: Options) -> int:
@@ -155,10 +157,7 @@ def run_calibrate(options: Options) -> int:
     _require_measurable(options)
     if options.out:
         require_file("--out", options.out)
-    prompts = _prompts_of(options)
-    if not prompts and options.model == "demo":
-        prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
-    _require_prompts(prompts)
+    prompts = _prompts_or_held_out(options)
     pipe = _pipeline_of(options, _device_of(options))
     settings = _guidance_of(options)
     convergence = measure_convergence(pipe, prompts, num_inference_steps=options.steps, seed=options.seed, **settings)
@@ -190,11 +189,11 @@ def run_quality(options: Options) -> int:
     if options.model == "demo":
         report = quality_of_demo(
             pipe,
-            count=24 if options.quick else options.count,
+            count=QUICK_COUNT if options.quick else options.count,
             seed=options.seed,
             steps=options.steps,
             guidance=settings["guidance_scale"],
-            every=4 if options.quick else 1,
+            samplers=options.sampler or SAMPLERS,
             only=options.only,
         )
     else:
@@ -202,6 +201,7 @@ def run_quality(options: Options) -> int:
             pipe,
             prompts[:4] if options.quick else prompts,
             num_inference_steps=options.steps,
+            samplers=options.sampler,
             seed=options.seed,
             clip=options.clip,
             only=options.only,
@@ -212,6 +212,33 @@ def run_quality(options: Options) -> int:
         with writing("--plot", options.plot):
             plot_quality(report, options.plot)
     return _code(report.settings)
+
+
+def run_tune(options: Options) -> int:
+    """Find the cheapest settings that keep the budget."""
+    require_budget(options.psnr, options.arithmetic)
+    require_whole("--steps", options.steps, least=LEAST_STEPS)
+    require_whole("--count", options.count, least=1)
+    _require_seed(options)
+    require_file("--out", options.out, write_picture)
+    prompts = _prompts_or_held_out(options)
+    pipe = _pipeline_of(options, _device_of(options))
+    tuning = tune(
+        pipe,
+        prompts,
+        num_inference_steps=options.steps,
+        psnr=options.psnr,
+        arithmetic=options.arithmetic,
+        sampler=options.sampler,
+        seed=options.seed,
+        **_guidance_of(options),
+    )
+    _print(tuning, options)
+    with writing("--out", options.out):
+        tuning.pictures(prompts).save(options.out)
+    if not options.json:
+        print(f"pictures: {options.out}")
+    return _code(tuning.settings)
 
 
 # What several commands have in common
@@ -260,7 +287,16 @@ def _prompts_of(options: Options) -> list[str]:
     return [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])]
 
 
-def _guidance_of(options: Options) -> dict[str, float]:
+def _prompts_or_held_out(options: Options) -> list[str]:
+    """Those that are given, or some of the demo's own."""
+    prompts = _prompts_of(options)
+    if not prompts and options.model == "demo":
+        prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
+    _require_prompts(prompts)
+    return prompts
+
+
+def _guidance_of(options: Options) -> dict[str, Any]:
     scale = 5.0 if options.guidance_scale is None and options.model == "demo" else options.guidance_scale
     return {} if scale is None else {"guidance_scale": scale}
 

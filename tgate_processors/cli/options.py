@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tgate_processors import __version__
 from tgate_processors.errors import TGateError, UnsupportedPipelineError
 from tgate_processors.measure.interruption import INTERRUPTED
+from tgate_processors.measure.samplers import SAMPLERS
 from tgate_processors.schedule import TGateConfig
 
 
@@ -26,6 +27,7 @@ examples:
   tgate-processors bench --model sdxl --dtype bfloat16           what it takes on this machine, beside others
   tgate-processors calibrate --model FOLDER "a red fox"          which gate step your model suggests
   tgate-processors quality --quick                               what each choice costs in pictures
+  tgate-processors tune --model FOLDER "a red fox" --psnr 30     the cheapest settings for your model
   tgate-processors generate --model FOLDER --prompts FILE        pictures of many prompts, resumable
 
 `tgate-processors COMMAND --help` has the options of each. Without `--model` a command takes the embedded model.
@@ -93,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     version = f"tgate-processors {__version__} ({versions})"
     top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_cost, _add_bench, _add_calibrate, _add_quality):
+    for add in (_add_demo, _add_generate, _add_cost, _add_bench, _add_calibrate, _add_quality, _add_tune):
         add(commands)
     return top
 
@@ -198,10 +200,29 @@ def _add_quality(commands: Commands) -> None:
     _add_pipeline(quality)
     _add_seed_and_steps(quality, steps=25)
     quality.add_argument("--count", type=int, default=256, help="of the demo's own prompts")
-    quality.add_argument("--quick", action="store_true", help="fewer prompts, and the gate at every fourth step")
+    _add_sampler(quality, nargs="+", default=[], several="; several are compared")
+    quality.add_argument("--quick", action="store_true", help="fewer prompts")
     quality.add_argument("--clip", metavar="MODEL", help="a CLIP model's folder or name, to score your own model by")
     _add_only(quality, "ways")
     _add_reports(quality)
+
+
+def _add_tune(commands: Commands) -> None:
+    tune = _command(
+        commands,
+        "tune",
+        "find the cheapest settings that keep a budget, for your model",
+        "Draws a few prompts with the stock pipeline and with each of some settings, prints what each costs, the "
+        "cheapest that keeps the budget as a line of Python, and writes its pictures beside the stock ones.",
+    )
+    _add_pipeline(tune)
+    _add_seed_and_steps(tune, steps=25)
+    _add_sampler(tune)
+    tune.add_argument("--psnr", type=float, help="the budget: at least so many dB to the stock pictures")
+    tune.add_argument("--arithmetic", type=float, help="the budget: at most this part of the stock arithmetic")
+    tune.add_argument("--count", type=int, default=8, help="of the demo's own prompts, where none is given")
+    tune.add_argument("--out", type=Path, default=Path("tgate-tune.png"), help="where the pictures go")
+    _add_reports(tune, plots=False)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -280,6 +301,10 @@ def _gate_step(text: str) -> int | float | str:
 def _add_device_and_dtype(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="such as cuda or cpu; the first accelerator where none is given")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of weights and latents")
+
+
+def _add_sampler(command: argparse.ArgumentParser, several: str = "", **settings: Any) -> None:
+    command.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}{several}", **settings)
 
 
 def _add_only(command: argparse.ArgumentParser, what: str) -> None:

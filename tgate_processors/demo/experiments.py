@@ -23,8 +23,8 @@ from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import Scene, caption
 from tgate_processors.gate import Gate
+from tgate_processors.measure.intervals import estimate
 from tgate_processors.measure.likeness import psnr
-from tgate_processors.measure.quality_report import estimate
 from tgate_processors.processors import gated_processors
 from tgate_processors.schedule import TGateConfig
 

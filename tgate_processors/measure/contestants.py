@@ -174,7 +174,7 @@ def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
         equal_steps: Steps of the stock pipeline with the gated run's arithmetic.
     """
     gated = by_way(ways.gated(rig.config, "tgate_processors"))
-    dropping = _needs_guidance(by_way(ways.dropping_guidance(rig.gate_step, rig.known.steps, first=True)))
+    dropping = _needs_guidance(by_way(ways.dropping_guidance(rig.gate_step, first=True)))
     watching = Contestant("watching, as with gate step auto", by_way(ways.gated(_WATCHING, "")), closes=False)
     return [
         Contestant("stock", by_way(ways.stock())),

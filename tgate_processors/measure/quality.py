@@ -17,9 +17,9 @@ from tgate_processors.handle import loops_on
 from tgate_processors.measure import likeness, ways
 from tgate_processors.measure.convergence import described, require_prompts
 from tgate_processors.measure.interruption import keeping
-from tgate_processors.measure.quality_report import Report, Row, estimate
+from tgate_processors.measure.quality_report import Quality, Report, Row
+from tgate_processors.measure.samplers import sampler_on
 from tgate_processors.measure.ways import Way
-from tgate_processors.presets import preset
 from tgate_processors.schedule import TGateConfig
 
 
@@ -49,10 +49,11 @@ def draw(pipe: Any, way: Way, count: int, arguments: Arguments, *, batch_size: i
         way: Put on the pipeline for as long.
         count: How many.
         arguments: Gives those of the pipeline's call, prompts and generators too.
-        batch_size: Pictures in a call.
+        batch_size: Pictures in a call, of ways that do not draw each alone.
         bar: A progress bar that counts pictures.
     """
     pictures, gate_steps = [], []
+    batch_size = 1 if way.is_alone else batch_size
     with way.on(pipe) as changes:
         loop = next(iter(loops_on(denoisers_of(pipe)[0])), None)
         for start in range(0, count, batch_size):
@@ -98,17 +99,22 @@ def _counting(denoisers: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
 
 
 Scores = Mapping[str, Tensor]
+Score = Callable[[Tensor, Tensor], Scores]
+OWN = "its own"  # the sampler that a pipeline comes with
 
 
 def compare(
     all_ways: Sequence[Way],
     draw_way: Callable[[Way], Drawn],
-    score: Callable[[Tensor, Tensor], Scores],
+    score: Score,
     deciding: str,
-    settings: dict[str, Any],
+    sampler: str,
+    *,
     frechet: Callable[[Tensor], float] | None = None,
+    papers: str | None = None,
+    settings: dict[str, Any],
 ) -> Report:
-    """Draw every way and measure it beside the first, the stock pipeline; a way that fails says why.
+    """Draw every way under one sampler and measure it beside the first, the stock pipeline; one that fails says why.
 
     Ctrl-C ends it: the report is of the ways that are done.
 
@@ -117,43 +123,62 @@ def compare(
         draw_way: Draws one.
         score: Gives the scores of pictures, told the stock pictures too, by name: `(count,)` each, a boolean or a
             number for every picture.
-        deciding: The score whose differences to the stock pipeline's are estimated.
-        settings: How they are drawn, for the report.
+        deciding: The score that the frontier is of.
+        sampler: The name of the sampler.
         frechet: Distance of pictures to real ones; None: there are none.
+        papers: The name of the papers' gate among the ways.
+        settings: An interruption is noted here.
     """
     rows: list[Row] = []
     with keeping(rows, settings):
         stock = draw_way(all_ways[0])
-        stock_scores = score(stock.pictures, stock.pictures)
-        rows.append(_row(all_ways[0], stock, stock.macs, stock_scores, frechet))
-        for way in all_ways[1:]:
+        for way in all_ways:
             try:
-                drawn = draw_way(way)
+                drawn = draw_way(way) if rows else stock
             except Exception as error:  # a peer may fail in any way, and the others go on
                 rows.append(Row(way.name, ways.said_of(error)))
                 continue
-            scores = score(drawn.pictures, stock.pictures)
-            row = _row(way, drawn, stock.macs, scores, frechet)
             rows.append(
-                replace(
-                    row,
-                    psnr=estimate(likeness.psnr(drawn.pictures, stock.pictures)),
-                    ssim=estimate(likeness.ssim(drawn.pictures, stock.pictures)),
-                    to_stock=estimate(scores[deciding].double() - stock_scores[deciding].double()),
+                Row(
+                    way.name,
+                    arithmetic=drawn.macs / stock.macs,
+                    scores=score(drawn.pictures, stock.pictures),
+                    psnr=likeness.psnr(drawn.pictures, stock.pictures) if rows else None,
+                    ssim=likeness.ssim(drawn.pictures, stock.pictures) if rows else None,
+                    frechet=None if frechet is None else frechet(drawn.pictures),
+                    gate_step=way.gate_step,
+                    gate_steps=drawn.gate_steps,
                 )
             )
-    return Report(settings, deciding, tuple(rows))
+    return Report(sampler, deciding, tuple(rows), papers)
 
 
-def _row(way: Way, drawn: Drawn, stock_macs: float, scores: Scores, frechet: Callable[[Tensor], float] | None) -> Row:
-    return Row(
-        way.name,
-        arithmetic=drawn.macs / stock_macs,
-        scores={score: estimate(values) for score, values in scores.items()},
-        frechet=None if frechet is None else frechet(drawn.pictures),
-        gate_step=way.gate_step,
-        gate_steps=drawn.gate_steps,
-    )
+def under_samplers(
+    pipe: Any, samplers: Sequence[str], compare_under: Callable[[str], Report], settings: dict[str, Any]
+) -> Quality:
+    """Compare under each sampler; none: under the pipeline's own. Ctrl-C ends it as it ends `compare`.
+
+    Args:
+        pipe: The pipeline.
+        samplers: Names of `SAMPLERS`.
+        compare_under: Compares under the sampler that the pipeline has then, told its name.
+        settings: Of all, for the report.
+
+    Raises:
+        ConfigError: A sampler is not known, or does not suit the pipeline.
+    """
+    names: Sequence[str | None] = samplers or [None]
+    for name in names:  # before the work
+        with sampler_on(pipe, name):
+            pass
+    reports: list[Report] = []
+    with keeping(reports, settings):
+        for name in names:
+            with sampler_on(pipe, name):
+                reports.append(compare_under(name or OWN))
+            if settings.get("interrupted"):
+                break
+    return Quality(settings, reports)
 
 
 def quality_of_pipeline(
@@ -161,25 +186,27 @@ def quality_of_pipeline(
     prompts: Sequence[str],
     *,
     num_inference_steps: int,
+    samplers: Sequence[str] = (),
     seed: int = 0,
     clip: str | None = None,
     only: Sequence[str] = (),
     **call_kwargs: Any,
-) -> Report:
+) -> Quality:
     """Draw prompts with a pipeline of one's own, each way, and compare with its stock pictures; with a progress bar.
 
     Args:
         pipe: A pipeline that makes images, not gated.
         prompts: What to draw.
-        num_inference_steps: Denoising steps, at least 5.
+        num_inference_steps: Number of denoising steps, at least 5.
+        samplers: Names of `SAMPLERS`; none: the pipeline's own.
         seed: Prompt i starts from the noise of `seed + i`.
         clip: A CLIP model's folder or its name on the hub, for CLIP scores; None: likeness alone.
-        only: Parts of the names of the ways to keep; none: all. The stock pipeline is always there.
+        only: Parts of the names of the ways to keep; none: all that are not extra. The stock pipeline is always there.
         call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
-        ConfigError: There is no prompt, too few steps, or `only` names no way.
-        MissingPackageError: `torchmetrics` is not installed.
+        ConfigError: There is no prompt, too few steps, or `only` or `samplers` names nothing that there is.
+        MissingPackageError: `torchmetrics` or `scipy` is not installed.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already.
     """
@@ -202,33 +229,69 @@ def quality_of_pipeline(
     chosen = ways.named(ways_for(num_inference_steps, has_unet=hasattr(pipe, "unet")), only)
     settings = {"steps": num_inference_steps, "prompts": len(prompts), "seed": seed}
     settings = described(pipe, call_kwargs) | settings
-    with tqdm(total=len(chosen) * len(prompts), desc="drawing", unit="picture") as bar:
-        return compare(
-            chosen, lambda way: draw(pipe, way, len(prompts), arguments, bar=bar), score, deciding, settings
-        )
+    total = max(1, len(samplers)) * len(chosen) * len(prompts)
+    with tqdm(total=total, desc="drawing", unit="picture") as bar:
+
+        def under(sampler: str) -> Report:
+            return compare(
+                chosen,
+                lambda way: draw(pipe, way, len(prompts), arguments, bar=bar),
+                score,
+                deciding,
+                sampler,
+                papers=papers_gate(num_inference_steps),
+                settings=settings,
+            )
+
+        return under_samplers(pipe, samplers, under, settings)
+
+
+def papers_gate(num_steps: int) -> str:
+    """The name of the way that the papers suggest for Stable Diffusion: two fifths of the run."""
+    return f"gate step {_part(0.4, num_steps)}"
+
+
+def _part(share: float, num_steps: int) -> int:
+    return max(1, round(share * num_steps))
 
 
 def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
-    """The stock pipeline, the gate at several steps, its control, and peers."""
+    """The stock pipeline, the gate, its control, looks, fewer steps and peers; then those that are extra."""
 
-    def at(part: float) -> int:
-        return max(1, round(part * num_steps))
+    def at(share: float) -> int:
+        return _part(share, num_steps)
 
-    gates = sorted({at(part) for part in (0.2, 0.3, 0.4, 0.5, 0.6)})
+    def gate(step: int) -> Way:
+        return replace(ways.gated(TGateConfig(gate_step=step), f"gate step {step}"), gate_step=step)
+
+    def looks(share: float, interval: int) -> Way:
+        config = TGateConfig(gate_step=share, look_interval=interval)
+        return ways.gated(config, f"look: {at(share)}, every {interval}")
+
     papers = TGateConfig(gate_step=0.4)
+    gates = sorted({at(share) for share in (0.2, 0.4, 0.6)})
+    interval = TGateConfig(gate_step=0.4, guidance_start=0.08)
+    hurried = TGateConfig(gate_step=0.12, look_interval=3)
     chosen = [
         ways.stock(),
-        *(replace(ways.gated(TGateConfig(gate_step=gate), f"gate step {gate}"), gate_step=gate) for gate in gates),
-        ways.gated(TGateConfig(gate_step="auto"), "gate step auto"),
-        ways.gated(preset("looks"), "look"),
-        *(ways.dropping_guidance(gate, num_steps) for gate in gates),
-        *(ways.fewer_steps(at(part)) for part in (0.4, 0.6, 0.8)),
+        *map(gate, gates),
+        replace(ways.gated(TGateConfig(gate_step="auto"), "gate step auto"), is_alone=True),
+        ways.dropping_guidance(at(0.4)),
+        looks(0.12, 4),
+        looks(0.24, 6),
+        ways.gated(interval, f"guidance from {round(0.08 * num_steps)} to {at(0.4)}, gated"),
+        ways.fewer_steps(at(0.64)),
+        ways.fewer_steps(at(0.44)),
+        ways.fewer_steps(at(0.64), hurried),
+    ]
+    extra = [
+        *(gate(step) for step in range(1, num_steps) if step not in gates),
+        *(ways.dropping_guidance(at(share)) for share in (0.08, 0.2, 0.6, 0.8)),
+        *(ways.fewer_steps(at(share)) for share in (0.2, 0.32, 0.8)),
+        ways.gated(TGateConfig(gate_step=0.4, sp_interval=5, warm_up=2), f"gate {at(0.4)}, sp_interval 5"),
+        ways.gated(TGateConfig(gate_step=0.6, sp_interval=3, warm_up=2), f"gate {at(0.6)}, sp_interval 3"),
     ]
     if has_unet:
-        chosen += [
-            ways.deep_cache(3),
-            ways.deep_cache(3, papers),
-            ways.token_merging(0.5),
-            ways.token_merging(0.5, papers),
-        ]
-    return chosen
+        chosen += [ways.deep_cache(3), ways.deep_cache(3, papers)]
+        extra += [ways.token_merging(0.5), ways.token_merging(0.5, papers)]
+    return [*chosen, *(replace(way, is_extra=True) for way in extra)]

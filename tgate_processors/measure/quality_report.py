@@ -1,62 +1,31 @@
-"""What was measured of each way to run a pipeline faster, as a report that prints and is pictured."""
+"""What was measured of each way to run a pipeline faster, under each sampler: a report that prints and is pictured."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from statistics import median_low
+from statistics import fmean, median_low
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tgate_processors._tables import format_table
+from tgate_processors.measure.intervals import Estimate, difference, estimate
 from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
-
-
-NORMAL_95 = 1.96  # standard deviations on either side that hold 95% of a normal distribution
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95% confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def shown(self, digits: int, factor: float = 1) -> str:
-        return " ".join(
-            [
-                f"{self.mean * factor:.{digits}f}",
-                f"({self.low * factor:.{digits}f} to {self.high * factor:.{digits}f})",
-            ]
-        )
-
-
-def estimate(values: Tensor) -> Estimate:
-    """The interval of the mean of `(count,)` values: Wilson's interval for booleans, the normal one for numbers."""
-    count = len(values)
-    mean = float(values.double().mean())
-    if values.dtype is not torch.bool:
-        reach = NORMAL_95 * float(values.double().std()) / math.sqrt(count) if count > 1 else math.inf
-        return Estimate(mean, mean - reach, mean + reach)
-    square = NORMAL_95**2 / count
-    centre, reach = mean + square / 2, math.sqrt(square * (mean * (1 - mean) + square / 4))
-    return Estimate(mean, (centre - reach) / (1 + square), (centre + reach) / (1 + square))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one way.
+    """What one way drew, measured picture by picture.
 
     Args:
         name: The name of the way.
         error: Why there is no measurement; None where there is one.
         arithmetic: Multiply-accumulates of the denoiser, attention's products among them, over the stock run's.
-        psnr, ssim: Likeness to the stock pictures of the same seeds; of the stock pictures themselves None.
-        scores: By name; "all" or the like.
-        to_stock: The difference of the deciding score to the stock pipeline's, picture by picture.
+        scores: By name; `(count,)` each, a boolean or a number for every picture.
+        psnr, ssim: Likeness to the stock pictures of the same seeds, `(count,)`; None for these themselves.
         frechet: Distance to real pictures; None where there are none.
         gate_step: The gate step of the papers' gate; None: it is something else.
         gate_steps: Where a gate that decides itself closed, picture by picture.
@@ -65,10 +34,9 @@ class Row:
     name: str
     error: str | None = None
     arithmetic: float = math.nan
-    psnr: Estimate | None = None
-    ssim: Estimate | None = None
-    scores: Mapping[str, Estimate] = field(default_factory=dict)
-    to_stock: Estimate | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    psnr: Tensor | None = None
+    ssim: Tensor | None = None
     frechet: float | None = None
     gate_step: int | None = None
     gate_steps: tuple[int, ...] = ()
@@ -81,22 +49,49 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, the stock pipeline's first.
+    """All rows under one sampler, the stock pipeline's first.
 
     Args:
-        settings: How they were drawn.
-        deciding: Name of the score that the frontier is of.
+        sampler: The name of the sampler.
+        deciding: The name of the score that the frontier is of.
         rows: One for each way.
+        papers: The name of the way that others are compared with beside the stock pipeline: the papers' gate.
     """
 
-    settings: Mapping[str, Any]
+    sampler: str
     deciding: str
     rows: tuple[Row, ...]
+    papers: str | None = None
+
+    @cached_property
+    def measured(self) -> list[Row]:
+        """The rows of ways that did not fail."""
+        return [row for row in self.rows if row.error is None]
+
+    def score(self, row: Row) -> float:
+        """The mean of the deciding score of a row."""
+        return float(row.scores[self.deciding].double().mean())
+
+    def to_stock(self, row: Row) -> Estimate:
+        """What the deciding score of a row is more than the stock pipeline's, picture by picture."""
+        return difference(row.scores[self.deciding], self.rows[0].scores[self.deciding])
+
+    def to_papers(self, row: Row) -> tuple[Estimate, Estimate] | None:
+        """What a row has more than the papers' gate: of the deciding score, and of PSNR; None without both."""
+        papers = self.row(self.papers)
+        if papers is None or papers.psnr is None or row is papers or row.psnr is None:
+            return None
+        scores = difference(row.scores[self.deciding], papers.scores[self.deciding])
+        return scores, difference(row.psnr, papers.psnr)
+
+    def row(self, name: str | None) -> Row | None:
+        """The row of this name, if it was measured."""
+        return next((row for row in self.measured if row.name == name), None)
 
     def frontier(self) -> list[Row]:
         """The rows that no other beats in the deciding score with as little arithmetic, the cheapest first."""
         best, chosen = -math.inf, []
-        for row in sorted(self.measured(), key=lambda row: (row.arithmetic, -self.score(row))):
+        for row in sorted(self.measured, key=lambda row: (row.arithmetic, -self.score(row))):
             if self.score(row) > best:
                 best = self.score(row)
                 chosen.append(row)
@@ -109,7 +104,7 @@ class Report:
         exponentially with its step, fitted to all gates by least squares: single shares are noisy. None: fewer than
         three were drawn.
         """
-        gates = {row.gate_step: row for row in self.measured() if row.gate_step is not None}
+        gates = {row.gate_step: row for row in self.measured if row.gate_step is not None}
         if len(gates) < 3:
             return None
         losses = {step: self.score(self.rows[0]) - self.score(row) for step, row in gates.items()}
@@ -123,38 +118,52 @@ class Report:
         _, size = fit(rate)
         return min(gates, key=lambda step: size * rate**step + gates[step].arithmetic / 2)
 
-    def score(self, row: Row) -> float:
-        """The deciding score of a row."""
-        return row.scores[self.deciding].mean
-
-    def measured(self) -> list[Row]:
-        """The rows of ways that did not fail."""
-        return [row for row in self.rows if row.error is None]
-
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"frontier": [row.name for row in self.frontier()], "gate_step": self.gate_step()}
+        rows = [self._row_as_dict(row) for row in self.rows]
+        return {"rows": rows, "frontier": [row.name for row in self.frontier()], "gate_step": self.gate_step()}
+
+    def _row_as_dict(self, row: Row) -> dict[str, Any]:
+        of_row = {"name": row.name, "error": row.error}
+        if row.error is not None:
+            return of_row
+        papers = self.to_papers(row)
+        return of_row | {
+            "arithmetic": row.arithmetic,
+            "scores": {name: asdict(estimate(values)) for name, values in row.scores.items()},
+            "psnr": None if row.psnr is None else asdict(estimate(row.psnr)),
+            "ssim": None if row.ssim is None else asdict(estimate(row.ssim)),
+            "to_stock": None if row.psnr is None else asdict(self.to_stock(row)),
+            "to_papers": None if papers is None else asdict(papers[0]),
+            "psnr_to_papers": None if papers is None else asdict(papers[1]),
+            "frechet": row.frechet,
+            "gate_step": row.gate_step,
+            "gate_steps": list(row.gate_steps),
+        }
 
     def __str__(self) -> str:
-        measured = self.measured()
-        names = list(measured[0].scores)
-        has_frechet = ["Fréchet"] if any(row.frechet is not None for row in measured) else []
-        heading = ("", "arithmetic", *names, "to stock", "PSNR, dB", "SSIM", *has_frechet, "")
+        has_frechet = ["Fréchet"] if any(row.frechet is not None for row in self.measured) else []
+        heading = (f"sampler {self.sampler}", "arithmetic", f"{self.deciding}, %", "to stock, points")
+        more = ("to the papers' gate", "PSNR, dB", "to the papers' gate", "SSIM", *has_frechet, "")
         on_frontier = self.frontier()
         lines = [
             (
                 row.name,
                 f"{row.speed_up:.2f}x less",
-                *(self._shown(row, name) for name in names),
-                "" if row.to_stock is None else row.to_stock.shown(1, 100),
-                "" if row.psnr is None else row.psnr.shown(1),
-                "" if row.ssim is None else f"{row.ssim.mean:.3f}",
+                estimate(row.scores[self.deciding]).shown(1, 100),
+                "" if row.psnr is None else self.to_stock(row).shown(1, 100),
+                *self._shown_to_papers(row),
+                "" if row.ssim is None else f"{float(row.ssim.mean()):.3f}",
                 *("" if row.frechet is None else f"{row.frechet:.2f}" for _ in has_frechet),
                 "on the frontier" if row in on_frontier else "",
             )
-            for row in measured
+            for row in self.measured
         ]
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return "\n".join([settings, "", format_table([heading, *lines]), "", *self._notes()]).rstrip()
+        return "\n".join([format_table([heading + more, *lines]), *self._notes()])
+
+    def _shown_to_papers(self, row: Row) -> tuple[str, str, str]:
+        psnr = "" if row.psnr is None else estimate(row.psnr).shown(1)
+        papers = self.to_papers(row)
+        return ("", psnr, "") if papers is None else (papers[0].shown(1, 100), psnr, papers[1].shown(1))
 
     def _notes(self) -> Iterator[str]:
         suggested = self.gate_step()
@@ -169,19 +178,133 @@ class Report:
             if row.error is not None:
                 yield f"{row.name}: {row.error}"
 
-    def _shown(self, row: Row, name: str) -> str:
-        score = row.scores[name]
-        return score.shown(1, 100) if name == self.deciding else f"{score.mean * 100:.1f}"
+
+@dataclass(frozen=True)
+class Together:
+    """What one way costs over all samplers, prompt by prompt: the mean of what it costs under each.
+
+    Args:
+        name: The name of the way.
+        arithmetic: The mean.
+        scores: The mean of the deciding score under each sampler.
+        together: Its mean over all.
+        to_stock, to_papers: What it is more than that of the stock pipeline, and of the papers' gate.
+        psnr_to_papers: PSNR more than that of the papers' gate, dB.
+    """
+
+    name: str
+    arithmetic: float
+    scores: Mapping[str, float]
+    together: float
+    to_stock: Estimate | None
+    to_papers: Estimate | None
+    psnr_to_papers: Estimate | None
 
 
-def plot_quality(report: Report, path: Path) -> None:
-    """The deciding score against arithmetic, the frontier drawn, as a picture that stands alone.
+@dataclass(frozen=True)
+class Quality:
+    """The reports of all samplers.
+
+    Args:
+        settings: How they were drawn.
+        reports: One for each sampler, of the same prompts and ways.
+    """
+
+    settings: Mapping[str, Any]
+    reports: Sequence[Report]
+
+    def together(self) -> list[Together]:
+        """Over all samplers, of the ways that failed under none. The pictures of one prompt are one observation."""
+        names = [row.name for row in self.reports[0].rows]
+        return [self._together(name) for name in names if self._is_measured(name)]
+
+    def _is_measured(self, name: str) -> bool:
+        return all(report.row(name) for report in self.reports)
+
+    def _together(self, name: str) -> Together:
+        stock, papers = self.reports[0].rows[0].name, self.reports[0].papers
+        compared = papers if papers is not None and name not in (stock, papers) and self._is_measured(papers) else None
+        scores = {report.sampler: report.score(row) for report, row in self._rows(name)}
+        return Together(
+            name,
+            fmean(row.arithmetic for _, row in self._rows(name)),
+            scores,
+            fmean(scores.values()),
+            None if name == stock else difference(self._scores(name), self._scores(stock)),
+            None if compared is None else difference(self._scores(name), self._scores(compared)),
+            None if compared is None else difference(self._psnr(name), self._psnr(compared)),
+        )
+
+    def _rows(self, name: str) -> list[tuple[Report, Row]]:
+        return [(report, row) for report in self.reports if (row := report.row(name)) is not None]
+
+    def _scores(self, name: str) -> Tensor:
+        """The deciding scores, `(samplers, count)`."""
+        return torch.stack([row.scores[report.deciding] for report, row in self._rows(name)])
+
+    def _psnr(self, name: str) -> Tensor:
+        return torch.stack([row.psnr for _, row in self._rows(name) if row.psnr is not None])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "settings": dict(self.settings),
+            "samplers": {report.sampler: report.as_dict() for report in self.reports},
+            "together": [asdict(row) for row in self.together()],
+        }
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        parts = [settings, *map(str, self.reports)]
+        if len(self.reports) > 1:
+            parts.append(self._table_of_all())
+        return "\n\n".join(parts)
+
+    def _table_of_all(self) -> str:
+        deciding = self.reports[0].deciding
+        names = (report.sampler for report in self.reports)
+        of_all = (f"{deciding}, %", "to stock, points", "to the papers' gate", "PSNR to the papers' gate, dB")
+        heading = ("all samplers", "arithmetic", *names, *of_all)
+        lines = [
+            (
+                row.name,
+                f"{1 / row.arithmetic:.2f}x less",
+                *(f"{score * 100:.1f}" for score in row.scores.values()),
+                f"{row.together * 100:.1f}",
+                *("" if one is None else one.shown(1, 100) for one in (row.to_stock, row.to_papers)),
+                "" if row.psnr_to_papers is None else row.psnr_to_papers.shown(1),
+            )
+            for row in self.together()
+        ]
+        return format_table([heading, *lines])
+
+
+def plot_quality(quality: Quality, path: Path) -> None:
+    """The deciding score against arithmetic under each sampler, as a picture that stands alone.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.
     """
-    figure = new_figure(10, 6.5)
-    axes = figure.subplots()
+    reports = quality.reports
+    columns = min(2, len(reports))
+    lines = math.ceil(len(reports) / columns)
+    figure = new_figure(1 + 8 * columns, 0.6 + 5.4 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for panel, report in zip(panels, reports, strict=False):
+        _plot_report(report, panel)
+    for panel in list(panels)[len(reports) :]:
+        panel.set_visible(False)
+    scores = [report.score(row) for report in reports for row in report.measured]
+    most = max(scores)
+    bottom = max(min(scores) - 0.02, 0.75 * most)
+    panels[0].set_ylim(bottom, most + max(0.4 * (most - bottom), 0.02))  # with room for the names
+    panels[0].set_yticks([tick for tick in panels[0].get_yticks() if bottom <= tick <= 1])
+    panels[0].legend(frameon=False, loc="lower right")
+    settings = ", ".join(f"{key} {value}" for key, value in quality.settings.items())
+    figure.suptitle(f"What each way costs in its pictures: {settings}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_report(report: Report, axes: Any) -> None:
     frontier = report.frontier()
     axes.step(
         [row.arithmetic for row in frontier],
@@ -191,10 +314,10 @@ def plot_quality(report: Report, path: Path) -> None:
         label="frontier",
     )
     for prefix, (colour, marker, label) in KINDS.items():
-        rows = [row for row in report.measured() if _kind(row) == prefix]
+        rows = [row for row in report.measured if _kind(row) == prefix]
         if not rows:
             continue
-        estimates = [row.scores[report.deciding] for row in rows]
+        estimates = [estimate(row.scores[report.deciding]) for row in rows]
         spread = [[max(0, e.mean - e.low) for e in estimates], [max(0, e.high - e.mean) for e in estimates]]
         axes.errorbar(
             [row.arithmetic for row in rows],
@@ -205,22 +328,14 @@ def plot_quality(report: Report, path: Path) -> None:
             elinewidth=0.6,
             label=label,
         )
-    for row in report.measured():
+    for row in report.measured:
         if _kind(row) in NAMED_IN_PLOTS:
-            place = (row.arithmetic, row.scores[report.deciding].high)
+            place = (row.arithmetic, estimate(row.scores[report.deciding]).high)
             axes.annotate(row.name, place, (0, 3), textcoords="offset points", fontsize=7, rotation=90, ha="center")
-    scores = [report.score(row) for row in report.measured()]
-    most = max(scores)
-    bottom = max(min(scores) - 0.02, 0.75 * most)
-    axes.set_ylim(bottom, most + max(0.4 * (most - bottom), 0.02))  # with room for the names
-    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1])
     axes.set_xlabel("arithmetic of the denoiser, as a part of the stock pipeline's")
     axes.set_ylabel(f"{report.deciding}, with 95% intervals")
-    settings = ", ".join(f"{key} {value}" for key, value in report.settings.items())
-    axes.set_title(f"What each way costs in its pictures: {settings}", fontsize=9, loc="left", wrap=True)
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_title(f"sampler {report.sampler}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 KINDS = {  # by how a way's name begins: colour, marker, label
@@ -228,6 +343,7 @@ KINDS = {  # by how a way's name begins: colour, marker, label
     "gate step": (BLUE, "o", "the gate, at each step"),
     "look": ("#1b8a5a", "D", "the gate, with looks"),
     "guidance dropped": ("#d9a441", "x", "control: guidance dropped, cross-attention computed"),
+    "guidance from": ("#4bb3b3", "v", "a guidance interval"),
     "fewer steps": (RED, "s", "fewer steps"),
     "": ("#7d5ba6", "^", "others, and with them"),
 }

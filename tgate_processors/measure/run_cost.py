@@ -6,7 +6,7 @@ from typing import Any
 from tgate_processors import _deepcache as deepcache
 from tgate_processors._cost import NetworkCost
 from tgate_processors._layers import cross_attention_layers
-from tgate_processors._modes import Phase, StepMode
+from tgate_processors._modes import StepMode
 from tgate_processors._record import Evaluation
 from tgate_processors._tables import format_table
 from tgate_processors.measure.architectures import Architecture, architecture
@@ -75,7 +75,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
     helper = None if cache_interval is None else deepcache.make_helper(None, cache_interval, 0)
     batch = 2 if known.guidance else 1
     schedule = config.schedule(known.steps, guidance=known.guidance)
-    folded = [known.guidance and mode.phase is Phase.FIDELITY for mode in schedule.modes]
+    folded = [known.guidance and mode.phase.has_one_branch for mode in schedule.modes]
     # where DeepCache's interval begins, as beside a running gate
     starts = [
         step

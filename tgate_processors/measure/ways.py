@@ -28,11 +28,15 @@ class Way:
         name: What people call it.
         on: Puts it on a pipeline while its context lasts, and gives the changes of the pipeline's arguments.
         gate_step: The gate step of the papers' gate, to be compared with its like.
+        is_extra: Whether it is run only where it is asked for by name.
+        is_alone: Whether each picture is drawn by itself, since what is done depends on all that are drawn together.
     """
 
     name: str
     on: Callable[[Any], AbstractContextManager[Changes]]
     gate_step: int | None = None
+    is_extra: bool = False
+    is_alone: bool = False
 
 
 def stock() -> Way:
@@ -55,18 +59,18 @@ def gated(config: TGateConfig, name: str) -> Way:
 class _DropsGuidance:
     """Half of the batch after the gate, with cross-attention computed: what of a gain is not T-GATE's own."""
 
-    def __init__(self, gate_step: int, num_steps: int, *, first: bool) -> None:
+    def __init__(self, pipe: Any, gate_step: int, *, first: bool) -> None:
+        self.scheduler = pipe.scheduler
         self.gate_step = gate_step
-        self.num_steps = num_steps
         self.first = first
         self.evaluations = 0
 
     # Not `recursive`: `torch.compile` of the denoiser shall compile what `forward` calls.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
     def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        drops = self.evaluations % self.num_steps >= self.gate_step
+        position = self.evaluations % len(self.scheduler.timesteps)
         self.evaluations += 1
-        if not drops:
+        if position // self.scheduler.order < self.gate_step:
             return forward(*args, **kwargs)
         args, kwargs = _take_half((args, kwargs), sample_of((args, kwargs)).shape[0], first=self.first)
         return _double(forward(*args, **kwargs))
@@ -76,19 +80,18 @@ _take_half = torch.compiler.disable(take_half)  # type: ignore[no-untyped-call] 
 _double = torch.compiler.disable(double)  # type: ignore[no-untyped-call]  # of torch
 
 
-def dropping_guidance(gate_step: int, num_steps: int, *, first: bool = False) -> Way:
+def dropping_guidance(gate_step: int, *, first: bool = False) -> Way:
     """One branch after the gate, and its cross-attention computed.
 
     Args:
-        gate_step: Steps with both branches.
-        num_steps: Number of steps in the run, one evaluation each.
+        gate_step: Steps with both branches, of runs that evaluate each timestep of the scheduler once.
         first: Whether the first half of the batch goes on, which is the negative branch.
     """
 
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
         denoiser = denoisers_of(pipe)[0]
-        dropper = _DropsGuidance(gate_step, num_steps, first=first)
+        dropper = _DropsGuidance(pipe, gate_step, first=first)
         intercept(denoiser, dropper)
         try:
             yield {}
@@ -162,7 +165,7 @@ N = TypeVar("N", bound=Named)
 
 
 def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
-    """The first, and those whose names hold one of the parts in `only`; all where it is empty.
+    """The first, and those whose names hold one of the parts in `only`; where it is empty all that are not extra.
 
     Raises:
         ConfigError: A part is in no name.
@@ -172,7 +175,9 @@ def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
             names = ", ".join(one.name for one in candidates)
             raise ConfigError(f"`only` must hold parts of names, got {part!r}. They are: {names}.")
     first, *rest = candidates
-    return [first, *(one for one in rest if not only or any(part in one.name for part in only))]
+    if not only:
+        return [first, *(one for one in rest if not getattr(one, "is_extra", False))]
+    return [first, *(one for one in rest if any(part in one.name for part in only))]
 
 
 def package(name: str) -> Any:

@@ -1,0 +1,243 @@
+"""The cheapest settings that keep a budget, with a model, a sampler and prompts of one's own."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import pt_to_pil
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from tgate_processors._tables import format_table
+from tgate_processors._validation import require_whole
+from tgate_processors.errors import ConfigError
+from tgate_processors.handle import check_can_apply
+from tgate_processors.measure import likeness, ways
+from tgate_processors.measure.convergence import described, require_prompts
+from tgate_processors.measure.interruption import keeping
+from tgate_processors.measure.intervals import estimate
+from tgate_processors.measure.quality import draw
+from tgate_processors.measure.samplers import sampler_on
+from tgate_processors.measure.sheet import sheet
+from tgate_processors.schedule import TGateConfig
+
+
+LEAST_STEPS = 3
+MOST_PICTURES = 6  # side by side
+# As parts of the run: the papers' gate, and looks with their intervals.
+GATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+LOOKS = ((0.08, 6), (0.08, 4), (0.12, 4), (0.12, 3), (0.12, 2), (0.24, 6), (0.24, 4), (0.24, 3), (0.4, 6), (0.4, 3))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one setting costs.
+
+    Args:
+        config: The setting.
+        arithmetic: Multiply-accumulates of the denoiser, as a part of the stock run's.
+        psnr: Likeness of each picture to the stock one, in dB: `(count,)`.
+        pictures: What it drew, `(count, 3, height, width)` in 0..1.
+    """
+
+    config: TGateConfig
+    arithmetic: float
+    psnr: Tensor
+    pictures: Tensor
+
+    @property
+    def mean_psnr(self) -> float:
+        """The mean likeness in dB, by which settings are chosen."""
+        return float(self.psnr.mean())
+
+    @property
+    def python(self) -> str:
+        """The line that gates a pipeline with it."""
+        return f"tgate = apply_tgate(pipe, TGateConfig({self.config}))"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"python": self.python, "arithmetic": self.arithmetic, "psnr": asdict(estimate(self.psnr))}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The settings that were tried, and which of them keep the budget.
+
+    Args:
+        settings: How they were drawn.
+        stock: The stock pictures, `(count, 3, height, width)` in 0..1.
+        tried: The settings, the cheapest first.
+        psnr: The least mean likeness to the stock pictures, in dB; None: any.
+        arithmetic: The most arithmetic, as a part of the stock run's; None: any.
+    """
+
+    settings: dict[str, Any]
+    stock: Tensor
+    tried: Sequence[Tried]
+    psnr: float | None = None
+    arithmetic: float | None = None
+
+    def keeps(self, one: Tried) -> bool:
+        """Whether a setting keeps the budget."""
+        is_like = self.psnr is None or one.mean_psnr >= self.psnr
+        return is_like and (self.arithmetic is None or one.arithmetic <= self.arithmetic)
+
+    @property
+    def chosen(self) -> Tried | None:
+        """The cheapest setting that keeps the budget; where likeness is not in it, the likest. None: none keeps it."""
+        kept = [one for one in self.tried if self.keeps(one)]
+        if self.psnr is None:
+            return max(kept, key=lambda one: one.mean_psnr, default=None)
+        return min(kept, key=lambda one: (one.arithmetic, -one.mean_psnr), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "budget": {"psnr": self.psnr, "arithmetic": self.arithmetic},
+            "tried": [one.as_dict() | {"keeps": self.keeps(one)} for one in self.tried],
+            "chosen": None if self.chosen is None else self.chosen.as_dict(),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            (
+                str(one.config),
+                f"{one.arithmetic:.2f}",
+                estimate(one.psnr).shown(1),
+                "chosen" if one is self.chosen else "kept" if self.keeps(one) else "",
+            )
+            for one in self.tried
+        ]
+        heading = ("setting", "arithmetic", "PSNR to stock, dB", "the budget")
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return "\n".join([settings, "", format_table([heading, *lines]), "", self._advice()])
+
+    def _advice(self) -> str:
+        if self.chosen is not None:
+            return self.chosen.python
+        likest = max(self.tried, key=lambda one: one.mean_psnr)
+        return (
+            f"no setting keeps the budget ({self.budget}): the cheapest does {self.tried[0].arithmetic:.2f} of the "
+            f"arithmetic, the likest has {likest.mean_psnr:.1f} dB"
+        )
+
+    @property
+    def budget(self) -> str:
+        """The budget in words."""
+        parts = [f"at least {self.psnr:g} dB"] if self.psnr is not None else []
+        parts += [f"at most {self.arithmetic:g} of the arithmetic"] if self.arithmetic is not None else []
+        return ", ".join(parts)
+
+    def pictures(self, prompts: Sequence[str]) -> Image.Image:
+        """The stock pictures above those of the setting that is chosen, or else of the likest."""
+        shown = self.chosen or max(self.tried, key=lambda one: one.mean_psnr)
+        rows = [pt_to_pil(pictures[:MOST_PICTURES] * 2 - 1) for pictures in (self.stock, shown.pictures)]
+        return sheet(
+            rows,
+            title=f"The stock pipeline, and TGateConfig({shown.config}): {shown.arithmetic:.0%} of the arithmetic",
+            settings=", ".join(f"{key} {value}" for key, value in self.settings.items()),
+            rows=("stock", "gated"),
+            columns=prompts[:MOST_PICTURES],
+        )
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int,
+    psnr: float | None = None,
+    arithmetic: float | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    **call_kwargs: Any,
+) -> Tuning:
+    """Draw a few prompts with the stock pipeline and with each setting, and choose one; with a progress bar.
+
+    Ctrl-C ends it: the choice is among the settings that are done.
+
+    Args:
+        pipe: A pipeline that makes images, not gated.
+        prompts: What to draw.
+        num_inference_steps: Number of denoising steps, at least 3.
+        psnr: The budget: the least mean likeness to the stock pictures, in dB.
+        arithmetic: The budget: the most arithmetic of the denoiser, as a part of the stock run's, between 0 and 1.
+            With neither `psnr` nor this there is no budget, which is an error.
+        sampler: A name of `SAMPLERS`; None: the pipeline's own.
+        seed: Prompt i starts from the noise of `seed + i`.
+        call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
+
+    Raises:
+        ConfigError: There is no prompt, too few steps, no budget, or an argument breaks its rule.
+        MissingPackageError: `torchmetrics` or `scipy` is not installed.
+        UnsupportedPipelineError: Nothing in the pipeline can be gated.
+        StateError: The pipeline is gated already.
+    """
+    require_prompts(prompts)
+    require_whole("num_inference_steps", num_inference_steps, least=LEAST_STEPS)
+    require_budget(psnr, arithmetic)
+    configs = candidates(pipe, num_inference_steps)
+
+    def arguments(chunk: slice) -> dict[str, Any]:
+        return call_kwargs | {
+            "prompt": prompts[chunk.start],
+            "generator": torch.Generator().manual_seed(seed + chunk.start),
+            "num_inference_steps": num_inference_steps,
+        }
+
+    settings = described(pipe, call_kwargs) | {"sampler": sampler or "its own", "steps": num_inference_steps}
+    settings |= {"prompts": len(prompts), "seed": seed}
+    tried: list[Tried] = []
+    total = (1 + len(configs)) * len(prompts)
+    with sampler_on(pipe, sampler), tqdm(total=total, desc="drawing", unit="picture") as bar:
+        stock = draw(pipe, ways.stock(), len(prompts), arguments, bar=bar)
+        with keeping(tried, settings):
+            for config in configs:
+                drawn = draw(pipe, ways.gated(config, ""), len(prompts), arguments, bar=bar)
+                like = likeness.psnr(drawn.pictures, stock.pictures)
+                tried.append(Tried(config, drawn.macs / stock.macs, like, drawn.pictures))
+    return Tuning(settings, stock.pictures, sorted(tried, key=lambda one: one.arithmetic), psnr, arithmetic)
+
+
+def require_budget(psnr: float | None, arithmetic: float | None) -> None:
+    """Raise `ConfigError` unless there is a budget that can be kept."""
+    if psnr is None and arithmetic is None:
+        raise ConfigError(
+            "`psnr` or `arithmetic` must be given, got neither. Pass for example `psnr=32`, for at least 32 dB to the "
+            "stock pictures, or `arithmetic=0.66`, for at most this part of their arithmetic."
+        )
+    if psnr is not None and not psnr > 0:
+        raise ConfigError(f"`psnr` must be a positive number of dB, got {psnr!r}. Pass for example 32.")
+    if arithmetic is not None and not 0 < arithmetic <= 1:
+        raise ConfigError(
+            f"`arithmetic` must be a part of the stock run's, between 0 and 1, got {arithmetic!r}. "
+            "Pass for example 0.66."
+        )
+
+
+def candidates(pipe: Any, num_inference_steps: int) -> list[TGateConfig]:
+    """The settings that are tried: the papers' gate, and looks where the pipeline takes them.
+
+    Raises:
+        UnsupportedPipelineError: Nothing in the pipeline can be gated.
+        StateError: The pipeline is gated already.
+    """
+
+    def steps(share: float) -> int:
+        return max(1, round(share * num_inference_steps))
+
+    plain = [TGateConfig(gate_step=step) for step in sorted({steps(share) for share in GATES})]
+    check_can_apply(pipe, plain[0])
+    pairs = sorted({(steps(share), interval) for share, interval in LOOKS})
+    looks = [TGateConfig(gate_step=step, look_interval=interval) for step, interval in pairs]
+    return plain + [config for config in looks if _takes(pipe, config)]
+
+
+def _takes(pipe: Any, config: TGateConfig) -> bool:
+    try:
+        check_can_apply(pipe, config)
+    except ConfigError:  # it does no guidance to keep
+        return False
+    return True
