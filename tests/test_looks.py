@@ -186,8 +186,13 @@ def test_two_pictures_look_as_each_alone():
 
 
 def test_a_run_without_guidance_looks_at_its_text_alone():
+    """It is told once that there is no guidance to keep."""
     subject = tiny("lcm-sdxl")
-    latents, tgate = gated(subject, TGateConfig(gate_step=1, look_interval=2))
+    with pytest.warns(
+        UserWarning, match="`look_interval` should be None for a run that drops no guidance, got 2"
+    ) as said:
+        latents, tgate = gated(subject, TGateConfig(gate_step=1, look_interval=2))
+    assert len(said) == 1
     assert len(set(tgate.summary().batches)) == 1
     assert not torch.equal(latents, subject())
 

@@ -78,7 +78,7 @@ class Loop:
         self._takes_callback = pipelines.takes_callback(pipe)
         self.deepcache = deepcache
         self._watches_all = watches_all
-        self._has_warned = False
+        self._warned: set[str] = set()  # of which arguments
         self._overtaken: dict[int, Any] = {}  # by thread: timesteps of a run that another thread's has ended
 
     @property
@@ -187,8 +187,8 @@ class Loop:
         if run is None or run.is_over or network not in self.denoisers:
             return
         part = run.parts[network.layers]
-        if run.closed and run.clock.num_steps <= FEW_STEPS and not part.leaves_out_guidance:
-            _say_that_few_steps_gain_little()
+        if run.closed and not part.leaves_out_guidance:
+            self._say_that_no_guidance_is_dropped(run)
         # A network that is called first in the last step has as many calls to come as the others had.
         most = max(one.most_calls for one in run.parts.values())
         is_known = run.position > 0 or self._most_calls(run, part) == 1
@@ -196,6 +196,16 @@ class Loop:
         is_ended = is_last and run.last_callback < 0  # else the callback ends it
         if is_ended or not (run.is_seen or self._takes_callback):
             run.move_to(run.position + 1)
+
+    def _say_that_no_guidance_is_dropped(self, run: PipelineRun) -> None:
+        if run.clock.num_steps <= FEW_STEPS:
+            _say_that_few_steps_gain_little()
+        if self.config.look_interval is not None:
+            self._warn(
+                "look_interval",
+                f"`look_interval` should be None for a run that drops no guidance, got {self.config.look_interval}: "
+                "there is none to keep between looks. Leave it out.",
+            )
 
     def end_step(self, step_index: int, timestep: Any) -> None:
         """Take note of the pipeline's callback after a step.
@@ -261,15 +271,18 @@ class Loop:
             )
 
     def _warn_that_it_never_closes(self, run: PipelineRun) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
         steps = run.clock.num_steps
-        warnings.warn(
+        self._warn(
+            "gate_step",
             f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate "
             f"never closes. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
-            stacklevel=2,
         )
+
+    def _warn(self, argument: str, message: str) -> None:
+        """Once for each argument."""
+        if argument not in self._warned:
+            self._warned.add(argument)
+            warnings.warn(message, stacklevel=2)
 
     def _part(self, run: PipelineRun, network: GatedNetwork) -> Part:
         part = run.parts.get(network.layers)

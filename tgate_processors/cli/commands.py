@@ -280,6 +280,7 @@ def _config_of(options: Options) -> TGateConfig:
         fi_interval=options.fi_interval,
         warm_up=options.warm_up,
         look_interval=options.look_interval,
+        guidance_start=options.guidance_start,
     )
 
 

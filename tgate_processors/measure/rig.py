@@ -40,6 +40,11 @@ class Rig:
     def __post_init__(self) -> None:
         require_whole("batch", self.batch, least=1)
         self.config.require_known_gate_step()
+        if self.config.guidance_start:
+            raise ConfigError(
+                f"`guidance_start` must be 0 to time the steps before the gate, got {self.config.guidance_start}: they "
+                "would be of two kinds. Leave it out."
+            )
         if self.gate_step >= self.known.steps:
             raise ConfigError(
                 f"`gate_step` must be below the number of steps to time both phases, got {self.gate_step} of "
