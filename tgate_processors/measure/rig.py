@@ -42,8 +42,8 @@ class Rig:
         self.config.require_known_gate_step()
         if self.config.guidance_start:
             raise ConfigError(
-                f"`guidance_start` must be 0 to time the steps before the gate, got {self.config.guidance_start}: they "
-                "would be of two kinds. Leave it out."
+                f"`guidance_start` must be 0 to time the steps before the gate, got {self.config.guidance_start}. "
+                "Leave it out: these steps would be of two kinds."
             )
         if self.gate_step >= self.known.steps:
             raise ConfigError(
