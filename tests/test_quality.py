@@ -174,38 +174,36 @@ def test_runs_that_close_at_different_steps_are_counted_apart(pipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "config", "sampler"),
     [
-        ("the mean of the halves stored (the papers')", TGateConfig(gate_step=9)),
-        ("looks at 11, 17, 23; fade measured", TGateConfig(gate_step=6, look_interval=6)),
-        ("looks every 4 from 2 on; fade measured (8 steps)", TGateConfig(gate_step=3, look_interval=4)),
+        ("the mean of the halves stored (the papers')", TGateConfig(gate_step=9), "ddim"),
+        ("looks at 11, 17, 23; fade measured", TGateConfig(gate_step=6, look_interval=6), "euler-a"),
+        ("looks at 11, 17, 23; fade measured", TGateConfig(gate_step=6, look_interval=6), "dpm++-2m-karras"),
+        ("looks every 4 from 2 on; fade measured (8 steps)", TGateConfig(gate_step=3, look_interval=4), "ddim"),
+        ("looks every 4 from 2 on; fade measured (8 steps)", TGateConfig(gate_step=3, look_interval=4), "heun"),
     ],
 )
-def test_the_experiments_loop_draws_what_the_pipeline_draws(name, config):
+def test_the_experiments_loop_draws_what_the_pipeline_draws(name, config, sampler):
     """The variants that the library offers come out of the loop of the experiments too."""
     scenes = held_out_scenes(2, 9)
     pipe = load_demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": experiments.STEPS, "guidance_scale": experiments.SCALE}
-    with apply_tgate(pipe, config) as tgate:
+    with sampler_on(pipe, sampler), apply_tgate(pipe, config) as tgate:
         expected = generate(pipe, [caption(s) for s in scenes], range(9, 11), **settings, callback_on_step_end=tgate)
     with torch.no_grad():
-        loop = experiments.Loop(load_demo_pipeline(), scenes, 9)
-        loop.pictures(loop.stock)
-        variant = next(variant for variant in experiments.VARIANTS if variant.name == name)
-        drawn = loop.pictures(lambda *chunk: loop.run(variant, *chunk))
+        loop = experiments.Loop(load_demo_pipeline(), scenes, 9, sampler)
+        loop.stock()
+        drawn = loop.run(next(variant for variant in experiments.VARIANTS if variant.name == name))
     assert torch.allclose(drawn * 2 - 1, expected.clamp(-1, 1), rtol=0, atol=1e-3)
 
 
 def test_the_experiments_are_a_command(capsys, monkeypatch):
     monkeypatch.setattr(experiments, "VARIANTS", experiments.VARIANTS[:1] + experiments.VARIANTS[11:12])
-    experiments.main(["--count", "2", "--seeds", "4"])
+    experiments.main(["--count", "2", "--seeds", "4", "--sampler", "euler-a", "ddim"])
     printed = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in printed.splitlines()[1:]] == [
-        "stock",
-        "guidance dropped, cross-attention computed (the control)",
-        "guidance kept by frequency",
-    ]
+    rows = ["stock", "guidance dropped, cross-attention computed (the control)", "guidance kept by frequency", ""]
+    assert [line.split("  ")[0] for line in printed.splitlines()] == ["sampler euler-a", *rows, "sampler ddim", *rows]
 
 
 # Numbers

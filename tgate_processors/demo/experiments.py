@@ -1,21 +1,24 @@
 """What was tried to keep the meaning after the gate: `python -m tgate_processors.demo.experiments`.
 
-A loop of its own on the demo's model, so that what is stored and what is guided can be anything. All variants but one
-evaluate both branches in nine of twenty-five steps, one branch in the others: 1.5 times less arithmetic than stock.
-They begin with the stock run's own latents. docs/quality.md says what came of it.
+A loop of its own on the demo's model, so that what is stored and what is guided can be anything. All variants evaluate
+both branches in nine of twenty-five steps, or in eight where they say so, and one branch in the others: about 1.5
+times less arithmetic than stock. They go on from the stock run's own latents. docs/quality.md says what came of it.
 """
 
 import argparse
+import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tgate_processors._gated_layers import Outputs
+from tgate_processors._kept import KeptGuidance
 from tgate_processors._modes import StepMode
 from tgate_processors._tables import format_table
 from tgate_processors.demo.checker import read
@@ -25,34 +28,110 @@ from tgate_processors.demo.world import Scene, caption
 from tgate_processors.gate import Gate
 from tgate_processors.measure.intervals import estimate
 from tgate_processors.measure.likeness import psnr
+from tgate_processors.measure.samplers import SAMPLERS, sampler_on
 from tgate_processors.processors import gated_processors
 from tgate_processors.schedule import TGateConfig
 
 
 STEPS, SCALE, BATCH = 25, 5.0, 32
-Kept = Callable[[Tensor, int], Tensor]  # guidance of the last look, so many steps ago, as it is used now
 
 
-def dropped(guidance: Tensor, steps: int) -> Tensor:
-    return torch.zeros_like(guidance)
+class Keeper(Protocol):
+    """What becomes of guidance in one run."""
+
+    def note(self, guidance: Tensor, step: int) -> None:
+        """See the guidance in a step of both branches. A second evaluation of the same step replaces the first."""
+
+    def at(self, step: int) -> Tensor:
+        """The guidance that a step of one branch uses."""
 
 
-def constant(guidance: Tensor, steps: int) -> Tensor:
-    return guidance
+class LastLooks:
+    """A keeper remembers the last three looks, each with its step."""
+
+    def __init__(self) -> None:
+        self.looks: list[tuple[int, Tensor]] = []
+
+    def note(self, guidance: Tensor, step: int) -> None:
+        self.looks = [*(look for look in self.looks if look[0] != step), (step, guidance)][-3:]
 
 
-def fading(rate: float) -> Kept:
-    return lambda guidance, steps: guidance * rate**steps
+class Fading(LastLooks):
+    """The last look's guidance times a constant for each step since."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def at(self, step: int) -> Tensor:
+        seen, guidance = self.looks[-1]
+        return guidance * self.rate ** (step - seen)
 
 
-def by_frequency(guidance: Tensor, steps: int) -> Tensor:
+class ByFrequency(LastLooks):
     """As FasterCache weighs them: low frequencies fade, high ones stay."""
-    spectrum = torch.fft.rfft2(guidance.float())
-    rows = torch.fft.fftfreq(guidance.shape[-2]).abs()[:, None]
-    columns = torch.fft.rfftfreq(guidance.shape[-1])[None]
-    low = torch.maximum(rows, columns) <= 0.2
-    weighed: Tensor = torch.fft.irfft2(spectrum * torch.where(low, 0.8**steps, 1.0), s=guidance.shape[-2:])
-    return weighed.to(guidance.dtype)
+
+    def at(self, step: int) -> Tensor:
+        seen, guidance = self.looks[-1]
+        spectrum = torch.fft.rfft2(guidance.float())
+        rows = torch.fft.fftfreq(guidance.shape[-2]).abs()[:, None]
+        columns = torch.fft.rfftfreq(guidance.shape[-1])[None]
+        low = torch.maximum(rows, columns) <= 0.2
+        weights = torch.where(low, 0.8 ** (step - seen), 1.0)
+        weighed: Tensor = torch.fft.irfft2(spectrum * weights, s=guidance.shape[-2:])
+        return weighed.to(guidance.dtype)
+
+
+class Measured:
+    """As the library keeps it: guidance fades as fast as the last two looks have seen it fade."""
+
+    def __init__(self) -> None:
+        self.kept = KeptGuidance()
+
+    def note(self, guidance: Tensor, step: int) -> None:
+        self.kept.note([guidance], step)
+
+    def at(self, step: int) -> Tensor:
+        return self.kept.at(step)[0]
+
+
+class Cosine(LastLooks):
+    """As measured, but what is left is the cosine of the last two looks, whatever their sizes."""
+
+    def at(self, step: int) -> Tensor:
+        (before, g0), (seen, g1) = self.looks[-2:]
+        left = _dot(g0, g1) / (_dot(g0, g0) * _dot(g1, g1)).sqrt()
+        left = left.nan_to_num(0.0).clamp(0, 1)  # of no guidance nothing is left
+        return (g1 * left ** ((step - seen) / (seen - before))).to(g1.dtype)
+
+
+class Extrapolated(LastLooks):
+    """As measured, and the last change goes on as far as the change before it would have helped at the last look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fading = Measured()
+
+    def note(self, guidance: Tensor, step: int) -> None:
+        super().note(guidance, step)
+        self.fading.note(guidance, step)
+
+    def at(self, step: int) -> Tensor:
+        (earlier, gm), (before, g0), (seen, g1) = self.looks
+        change = (g0 - gm).float() * (seen - before) / (before - earlier)
+        change = change - (_dot(change, g0) / _dot(g0, g0)).nan_to_num(0.0) * g0
+        # Fading alone leaves `g1 - r * g0`; `g0` drops out, since the change is orthogonal to it.
+        helped = (_dot(change, g1) / _dot(change, change)).nan_to_num(0.0).clamp(0, 0.5)
+        ahead = helped * (step - seen) / (seen - before) * (g1 - g0)
+        return (self.fading.at(step) + ahead).to(g1.dtype)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Of each picture: `(rows, 1, 1, 1)`."""
+    return (one.float() * other.float()).sum((1, 2, 3), keepdim=True)
+
+
+DROPPED, CONSTANT = partial(Fading, 0.0), partial(Fading, 1.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +142,7 @@ class Variant:
         name: The name of its row.
         gate_step: Steps of both branches at the start.
         stored: Cross-attention that is kept: this much from the negative branch (0) to the positive (1), or past it.
-        kept: What becomes of guidance.
+        kept: Makes what becomes of guidance in a run.
         looks: Later steps of both branches.
         glances: Later steps in which the one branch's cross-attention is computed and stored.
         always: Layers whose cross-attention is always computed.
@@ -73,13 +152,19 @@ class Variant:
     name: str
     gate_step: int = 9
     stored: float = 1.0
-    kept: Kept = dropped
+    kept: Callable[[], Keeper] = DROPPED
     looks: Sequence[int] = ()
     glances: Sequence[int] = ()
     always: Sequence[int] = ()
     computes: bool = False
 
 
+FADES: dict[str, Callable[[], Keeper]] = {
+    "fading 0.9": partial(Fading, 0.9),
+    "fade measured": Measured,
+    "fade by cosine": Cosine,
+    "fade measured, extrapolated": Extrapolated,
+}
 VARIANTS = [
     Variant("guidance dropped, cross-attention computed (the control)", computes=True),
     Variant("the mean of the halves stored (the papers')", stored=0.5),
@@ -89,77 +174,125 @@ VARIANTS = [
     Variant("the guided extrapolation stored, at 3 of 5", stored=3.0),
     Variant("finest layers computed always", always=(0, 5)),
     Variant("a glance of one branch every 4 steps", glances=range(12, 25, 4)),
-    Variant("guidance kept constant", kept=constant),
-    Variant("guidance kept, fading 0.9 a step", kept=fading(0.9)),
-    Variant("guidance kept, fading 0.8 a step", kept=fading(0.8)),
-    Variant("guidance kept by frequency", kept=by_frequency),
+    Variant("guidance kept constant", kept=CONSTANT),
+    Variant("guidance kept, fading 0.9 a step", kept=partial(Fading, 0.9)),
+    Variant("guidance kept, fading 0.8 a step", kept=partial(Fading, 0.8)),
+    Variant("guidance kept by frequency", kept=ByFrequency),
+    Variant("guidance kept, fade measured", kept=Measured),
     Variant("looks at 10, 15, 20; dropped between", gate_step=6, looks=(10, 15, 20)),
-    Variant("looks at 10, 15, 20; kept constant", gate_step=6, looks=(10, 15, 20), kept=constant),
-    Variant("looks at 10, 15, 20; fading 0.9", gate_step=6, looks=(10, 15, 20), kept=fading(0.9)),
-    Variant("looks at 8, 12, 17; fading 0.9", gate_step=6, looks=(8, 12, 17), kept=fading(0.9)),
-    Variant("looks at 11, 17, 23; fading 0.9", gate_step=6, looks=(11, 17, 23), kept=fading(0.9)),
-    Variant("looks every 4 from 2 on; fading 0.9 (8 steps)", 3, looks=range(6, 25, 4), kept=fading(0.9)),
+    Variant("looks at 10, 15, 20; kept constant", gate_step=6, looks=(10, 15, 20), kept=CONSTANT),
+    Variant("looks at 10, 15, 20; fading 0.9", gate_step=6, looks=(10, 15, 20), kept=partial(Fading, 0.9)),
+    *(Variant(f"looks at 11, 17, 23; {fade}", 6, kept=kept, looks=(11, 17, 23)) for fade, kept in FADES.items()),
+    *(
+        Variant(f"looks every 4 from 2 on; {fade} (8 steps)", 3, kept=kept, looks=range(6, 25, 4))
+        for fade, kept in FADES.items()
+    ),
 ]
 
 
 @dataclass
+class State:
+    """Where a run is as an evaluation begins: a copy of it goes on by itself."""
+
+    latents: Tensor
+    scheduler: Any
+    generators: list[torch.Generator]
+
+    def evaluate(self, unet: Any, index: int, *branches: Tensor) -> Sequence[Tensor]:
+        """What the network puts out for each branch's embeddings."""
+        timestep = self.scheduler.timesteps[index]
+        sample = self.scheduler.scale_model_input(self.latents, timestep)
+        output: Tensor = unet(torch.cat([sample] * len(branches)), timestep, torch.cat(branches)).sample
+        return output.chunk(len(branches))
+
+    def go_on(self, index: int, output: Tensor) -> None:
+        """The scheduler takes the guided output, and fresh noise where it wants some."""
+        step = self.scheduler.step
+        noise = {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
+        self.latents = step(output, self.scheduler.timesteps[index], self.latents, **noise).prev_sample
+
+
+@dataclass
+class Chunk:
+    """Pictures that are drawn together, and what the stock run of them has left behind."""
+
+    negative: Tensor
+    positive: Tensor
+    begin: State
+    states: list[State] = field(default_factory=list)  # step by step, as it began
+    guidance: list[Tensor] = field(default_factory=list)  # step by step, as its last evaluation saw it
+
+
+@dataclass
 class Loop:
-    """The denoising loop, and the stock run's latents at the beginning of each step."""
+    """The denoising loop with one sampler. The stock run comes first: the others go on from its steps."""
 
     pipe: Any
     scenes: Sequence[Scene]
     seed: int
-    latents: list[list[Tensor]] = field(default_factory=list)  # chunk by chunk, step by step
+    sampler: str = "ddim"
 
     def __post_init__(self) -> None:
         unet = self.pipe.unet
         gate = Gate(TGateConfig(gate_step=1))
         unet.set_attn_processor(gated_processors(unet, gate))
         self.layers = gate.layers
-        self.pipe.scheduler.set_timesteps(STEPS)
+        with sampler_on(self.pipe, self.sampler):
+            scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(STEPS)
+        self.evaluations, self.order = len(scheduler.timesteps), scheduler.order
+        self.chunks = []
         for start in range(0, len(self.scenes), BATCH):
-            seeds = range(self.seed + start, self.seed + min(start + BATCH, len(self.scenes)))
-            noise = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            self.latents.append([torch.cat(noise).to(unet.dtype)])
-
-    def pictures(self, run: Callable[[Tensor, Tensor, list[Tensor]], Tensor]) -> Tensor:
-        """The pictures that `run` makes of each chunk's embeddings, negative and positive, and its stock latents."""
-        made = []
-        for chunk, latents in enumerate(self.latents):
-            prompts = [caption(scene) for scene in self.scenes[chunk * BATCH : (chunk + 1) * BATCH]]
+            prompts = [caption(scene) for scene in self.scenes[start : start + BATCH]]
             positive, negative = self.pipe.encode_prompt(prompts, "cpu", 1, True)
-            last = run(negative, positive, latents)
-            decoded = self.pipe.vae.decode(last / self.pipe.vae.config.scaling_factor).sample
-            made.append((decoded.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(made)
+            generators = [torch.Generator().manual_seed(self.seed + start + index) for index in range(len(prompts))]
+            noise = torch.cat([torch.randn(1, 4, 16, 16, generator=generator) for generator in generators])
+            begin = State(noise.to(unet.dtype) * scheduler.init_noise_sigma, scheduler, generators)
+            self.chunks.append(Chunk(negative, positive, begin))
 
-    def stock(self, negative: Tensor, positive: Tensor, latents: list[Tensor]) -> Tensor:
-        for step in range(STEPS):
-            both = self._both(latents[step], step, negative, positive)
-            latents.append(self._next(latents[step], step, both[0] + SCALE * (both[1] - both[0])))
-        return latents[STEPS]
+    def stock(self) -> Tensor:
+        """The pictures of the stock run, `(count, 3, height, width)` in 0..1."""
+        return torch.cat([self._stock(chunk) for chunk in self.chunks])
 
-    def run(self, variant: Variant, negative: Tensor, positive: Tensor, stock: list[Tensor]) -> Tensor:
+    def run(self, variant: Variant) -> Tensor:
+        """The pictures of a variant."""
+        return torch.cat([self._run(variant, chunk) for chunk in self.chunks])
+
+    def _stock(self, chunk: Chunk) -> Tensor:
+        state = copy.deepcopy(chunk.begin)
+        for index in range(self.evaluations):
+            if index % self.order == 0:
+                chunk.states.append(copy.deepcopy(state))
+            unguided, guided = state.evaluate(self.pipe.unet, index, chunk.negative, chunk.positive)
+            guidance = guided - unguided
+            chunk.guidance[index // self.order :] = [guidance]
+            state.go_on(index, unguided + SCALE * guidance)
+        return self._pictures(state)
+
+    def _run(self, variant: Variant, chunk: Chunk) -> Tensor:
         first = variant.gate_step - 1
-        latents, guidance, looked = stock[first], torch.zeros_like(stock[first]), first
+        state, kept = copy.deepcopy(chunk.states[first]), variant.kept()
+        for step, guidance in enumerate(chunk.guidance[:first]):
+            kept.note(guidance, step)
         stored: Outputs = {}
-        for step in range(first, STEPS):
+        for index in range(first * self.order, self.evaluations):
+            step = index // self.order
             if step == first or step in variant.looks:
                 self.layers.put_in(StepMode.CLOSING_UNGUIDED, {})
-                unguided, guided = self._both(latents, step, negative, positive)
-                guidance, looked = guided - unguided, step
+                unguided, guided = state.evaluate(self.pipe.unet, index, chunk.negative, chunk.positive)
                 stored = self._kept(variant)
-                output = unguided + SCALE * guidance
+                kept.note(guided - unguided, step)
+                output = unguided + SCALE * (guided - unguided)
             else:
                 glances = step in variant.glances or variant.computes
                 self.layers.put_in(StepMode.CLOSING_UNGUIDED if glances else StepMode.FIDELITY, stored)
-                output = self.pipe.unet(latents, self._timestep(step), positive).sample
+                (output,) = state.evaluate(self.pipe.unet, index, chunk.positive)
                 new = self.layers.take_out().new
                 if glances:
                     stored = {name: [output for _, output in outputs] for name, outputs in new.items()}
-                output = output + (SCALE - variant.stored) * variant.kept(guidance, step - looked)
-            latents = self._next(latents, step, output)
-        return latents
+                output = output + (SCALE - variant.stored) * kept.at(step)
+            state.go_on(index, output)
+        return self._pictures(state)
 
     def _kept(self, variant: Variant) -> Outputs:
         """What the layers put out for both branches, as the variant keeps it."""
@@ -172,18 +305,9 @@ class Loop:
                 kept[name] = [torch.lerp(negative, positive, variant.stored)]
         return kept
 
-    def _both(self, latents: Tensor, step: int, negative: Tensor, positive: Tensor) -> Sequence[Tensor]:
-        embeds = torch.cat([negative, positive])
-        output: Tensor = self.pipe.unet(torch.cat([latents, latents]), self._timestep(step), embeds).sample
-        return output.chunk(2)
-
-    def _timestep(self, step: int) -> Tensor:
-        timestep: Tensor = self.pipe.scheduler.timesteps[step]
-        return timestep
-
-    def _next(self, latents: Tensor, step: int, output: Tensor) -> Tensor:
-        following: Tensor = self.pipe.scheduler.step(output, self._timestep(step), latents).prev_sample
-        return following
+    def _pictures(self, state: State) -> Tensor:
+        decoded: Tensor = self.pipe.vae.decode(state.latents / self.pipe.vae.config.scaling_factor).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -191,23 +315,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.experiments", description=__doc__)
     parser.add_argument("--count", type=int, default=256, help="prompts of each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 100000])
+    parser.add_argument("--sampler", nargs="+", choices=list(SAMPLERS), default=["ddim"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)
-    rows: list[tuple[str, ...]] = [("", *(f"seed {seed}: all right, PSNR" for seed in options.seeds), "together")]
+    for sampler in options.sampler:
+        print(_table(sampler, options.count, options.seeds, getattr(torch, options.dtype)), end="\n\n", flush=True)
+
+
+def _table(sampler: str, count: int, seeds: Sequence[int], dtype: torch.dtype) -> str:
+    """What came of each variant under a sampler."""
     cells: dict[str, list[str]] = {}
     wholes: dict[str, list[Tensor]] = {}
-    for seed in options.seeds:
-        scenes = held_out_scenes(options.count, seed)
-        pipe = load_demo_pipeline().to(getattr(torch, options.dtype))
-        loop = Loop(pipe, scenes, seed)
-        stock = loop.pictures(loop.stock)
+    for seed in seeds:
+        scenes = held_out_scenes(count, seed)
+        loop = Loop(load_demo_pipeline().to(dtype), scenes, seed, sampler)
+        stock = loop.stock()
         _note("stock", stock, stock, scenes, cells, wholes)
-        for variant in tqdm(VARIANTS, desc=f"seed {seed}", unit="variant"):
-            drawn = loop.pictures(partial(loop.run, variant))
-            _note(variant.name, drawn, stock, scenes, cells, wholes)
+        for variant in tqdm(VARIANTS, desc=f"{sampler}, seed {seed}", unit="variant"):
+            _note(variant.name, loop.run(variant), stock, scenes, cells, wholes)
+    rows = [(f"sampler {sampler}", *(f"seed {seed}: all right, PSNR" for seed in seeds), "together")]
     for name, parts in cells.items():
         rows.append((name, *parts, estimate(torch.cat(wholes[name])).shown(1, 100)))
-    print(format_table(rows))
+    return format_table(rows)
 
 
 def _note(
