@@ -80,7 +80,7 @@ def test_the_limit_and_the_gate_do_the_same_work():
 
     gated = flops(by_way(ways.gated(rig("sd").config, "")))
     assert gated == flops(contestants.surgical_limit)
-    dropped, stock = flops(by_way(ways.dropping_guidance(2, 3))), flops(by_way(ways.stock()))
+    dropped, stock = flops(by_way(ways.dropping_guidance(2))), flops(by_way(ways.stock()))
     assert dropped[:2] == stock[:2]
     assert dropped[2] * 2 == stock[2]
     assert dropped[2] > gated[2]

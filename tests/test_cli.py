@@ -16,7 +16,7 @@ from tgate_processors.cli import main
 from tgate_processors.measure.convergence import Convergence
 
 
-COMMANDS = ["demo", "generate", "cost", "bench", "calibrate", "quality"]
+COMMANDS = ["demo", "generate", "cost", "bench", "calibrate", "quality", "tune"]
 
 
 def test_the_version(capsys):
@@ -35,7 +35,7 @@ def test_the_help_says_what_each_option_is(command, capsys):
     said = capsys.readouterr().out
     assert "default: None" not in said
     assert "default: False" not in said
-    assert "--gate-step" in said or command in ("calibrate", "quality")
+    assert "--gate-step" in said or command in ("calibrate", "quality", "tune")
     assert "--steps" in said
 
 
@@ -73,11 +73,25 @@ def presses_ctrl_c(monkeypatch, function, after):
 def test_quality_reports_the_ways_that_are_done(monkeypatch, capsys, tmp_path):
     presses_ctrl_c(monkeypatch, "tgate_processors.demo.quality.draw", after=2)
     picture = tmp_path / "q.png"
-    arguments = ["quality", "--count", "2", "--steps", "5", "--only", "gate step", "--plot", str(picture)]
+    arguments = [
+        "quality",
+        "--count",
+        "2",
+        "--steps",
+        "5",
+        "--only",
+        "gate step",
+        "--sampler",
+        "ddim",
+        "euler",
+        "--plot",
+        str(picture),
+    ]
     assert main([*arguments, "--json"]) == 130
     said = capsys.readouterr()
     report = json.loads(said.out)
-    assert [row["name"] for row in report["rows"]] == ["stock", "gate step 1"]
+    assert list(report["samplers"]) == ["ddim"]
+    assert [row["name"] for row in report["samplers"]["ddim"]["rows"]] == ["stock", "gate step 1"]
     assert report["settings"]["interrupted"] is True
     assert "interrupted: this is of what was done" in said.err
     assert picture.is_file()

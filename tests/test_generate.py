@@ -133,6 +133,7 @@ def test_all_that_made_a_picture_is_in_it(folder):
         "warm_up": 0,
         "branch": None,
         "look_interval": None,
+        "guidance_start": 0,
         "tolerance": 0.09,
         "offload_cache": False,
         "with_stock": False,

@@ -251,7 +251,8 @@ class Loop:
         for network in self.networks:
             network.install(self)
         self.run = run
-        if self.config.gate_step != "auto" and run.gate_step >= run.clock.num_steps and not self.reuses_self_attention:
+        does_something = self.reuses_self_attention or self.config.guidance_start
+        if self.config.gate_step != "auto" and run.gate_step >= run.clock.num_steps and not does_something:
             self._warn_that_it_never_closes(run)
         return run
 

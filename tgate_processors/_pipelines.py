@@ -262,7 +262,10 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
         return False  # perturbed-attention guidance adds a part
     if guidance in (Guidance.CALLS, Guidance.NONE):
         return False
-    does = getattr(pipe, "do_classifier_free_guidance", None)
+    name = "do_classifier_free_guidance"  # a property, or in older pipelines a variable of `__call__`
+    does = getattr(pipe, name, None)
+    if does is None:
+        does = local_of(pipe, name)
     return None if does is None else bool(does)
 
 

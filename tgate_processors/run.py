@@ -234,6 +234,8 @@ class Part:
             self.closes_late = run.closed and not self._store.has_cross_attention
         schedule = run.schedule(bool(call.has_halves))
         call.mode = schedule[schedule.gate_step - 1 if self.closes_late else run.step]
+        if run.step < schedule.guidance_start and self.strategy.leaves_out(1):
+            call.mode = StepMode.UNGUIDED  # its branches are calls, so that no batch has halves
         if call.mode.phase.has_one_branch:
             call.folded = bool(call.has_halves)
             call.batch //= 1 + call.folded

@@ -181,7 +181,7 @@ class Schedule:
     def depends_on_guidance(self, step: int) -> bool:
         """Whether anything in a step depends on the run's doing guidance."""
         looks = self.config.look_interval is not None
-        return looks or step < self.guidance_start or step >= self.gate_step - 1
+        return looks or step <= self.guidance_start or step >= self.gate_step - 1
 
     def _mode(self, step: int, num_inference_steps: int) -> StepMode:
         if step < self.guidance_start and self.guidance:
@@ -211,7 +211,7 @@ class Schedule:
             if self._looks(step):
                 return False
             return step % self.config.fi_interval != 0
-        warm_up = max(self.config.warm_up, self.guidance_start)
+        warm_up = max(self.config.warm_up, self.guidance_start if self.guidance else 0)
         return warm_up < step < self.gate_step - 1 and step % self.config.sp_interval != 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -266,7 +267,16 @@ def _require_plot(options: Options) -> None:
 
 
 def _print(result: Any, options: Options) -> None:
-    print(json.dumps(result.as_dict(), indent=2) if options.json else result)
+    print(json.dumps(_finite(result.as_dict()), indent=2) if options.json else result)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: the likeness of equal pictures, and the interval of a single one, are null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _code(settings: Mapping[str, Any]) -> int:
@@ -280,7 +290,6 @@ def _config_of(options: Options) -> TGateConfig:
         fi_interval=options.fi_interval,
         warm_up=options.warm_up,
         look_interval=options.look_interval,
-        guidance_start=options.guidance_start,
     )
 
 

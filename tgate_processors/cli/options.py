@@ -281,19 +281,18 @@ def _add_gate(command: argparse.ArgumentParser) -> None:
     """The fields of `TGateConfig`."""
     command.add_argument(
         "--gate-step",
-        type=_count_or_fraction,
+        type=_gate_step,
         default=10,
         help="steps before the gate closes, or their share, or auto",
     )
     command.add_argument("--look-interval", type=int, help="look at the text again every so many steps after the gate")
-    command.add_argument("--guidance-start", type=_count_or_fraction, default=0, help="first step with guidance")
     command.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
     command.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
     command.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
 
 
-def _count_or_fraction(text: str) -> int | float | str:
-    """A count, a fraction or a word such as `auto`; `TGateConfig` says what is wrong with another."""
+def _gate_step(text: str) -> int | float | str:
+    """A count, a fraction or `auto`; what is wrong with another is said by `TGateConfig`."""
     for kind in (int, float):
         try:
             return kind(text)

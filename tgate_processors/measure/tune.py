@@ -208,9 +208,9 @@ def require_budget(psnr: float | None, arithmetic: float | None) -> None:
             "`psnr` or `arithmetic` must be given, got neither. Pass for example `psnr=32`, for at least 32 dB to the "
             "stock pictures, or `arithmetic=0.66`, for at most this part of their arithmetic."
         )
-    if psnr is not None and not psnr > 0:
+    if psnr is not None and not (isinstance(psnr, int | float) and psnr > 0):
         raise ConfigError(f"`psnr` must be a positive number of dB, got {psnr!r}. Pass for example 32.")
-    if arithmetic is not None and not 0 < arithmetic <= 1:
+    if arithmetic is not None and not (isinstance(arithmetic, int | float) and 0 < arithmetic <= 1):
         raise ConfigError(
             f"`arithmetic` must be a part of the stock run's, between 0 and 1, got {arithmetic!r}. "
             "Pass for example 0.66."
@@ -232,7 +232,9 @@ def candidates(pipe: Any, num_inference_steps: int) -> list[TGateConfig]:
     check_can_apply(pipe, plain[0])
     pairs = sorted({(steps(share), interval) for share, interval in LOOKS})
     looks = [TGateConfig(gate_step=step, look_interval=interval) for step, interval in pairs]
-    return plain + [config for config in looks if _takes(pipe, config)]
+    # in a short run several settings may be the same
+    different = {config.schedule(num_inference_steps).modes: config for config in looks if _takes(pipe, config)}
+    return [*plain, *different.values()]
 
 
 def _takes(pipe: Any, config: TGateConfig) -> bool:
