@@ -39,7 +39,7 @@ from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 Options = argparse.Namespace
 DONE = 0
-QUICK_COUNT = 20  # prompts of the demo with `--quick`
+QUICK_COUNT = 12  # prompts of the demo with `--quick`
 
 
 def run_demo(options: Options) -> int:

@@ -269,12 +269,11 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
         return ways.gated(config, f"look: {at(share)}, every {interval}")
 
     papers = TGateConfig(gate_step=0.4)
-    gates = sorted({at(share) for share in (0.2, 0.4, 0.6)})
     interval = TGateConfig(gate_step=0.4, guidance_start=0.08)
     hurried = TGateConfig(gate_step=0.12, look_interval=3)
     chosen = [
         ways.stock(),
-        *map(gate, gates),
+        gate(at(0.4)),
         replace(ways.gated(TGateConfig(gate_step="auto"), "gate step auto"), is_alone=True),
         ways.dropping_guidance(at(0.4)),
         looks(0.2, 6),  # `preset("looks")`
@@ -285,7 +284,7 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
         ways.fewer_steps(at(0.64), hurried),
     ]
     extra = [
-        *(gate(step) for step in range(1, num_steps) if step not in gates),
+        *(gate(step) for step in range(1, num_steps) if step != at(0.4)),
         *(ways.dropping_guidance(at(share)) for share in (0.08, 0.2, 0.6, 0.8)),
         *(ways.fewer_steps(at(share)) for share in (0.2, 0.32, 0.8)),
         looks(0.24, 6),
