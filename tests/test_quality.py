@@ -396,7 +396,7 @@ def test_names_choose():
     assert [way.name for way in named(candidates, ["tomesd"])][1:] == ["tomesd, ratio 0.5", "tomesd, ratio 0.5, gated"]
     assert not any("tomesd" in way.name for way in named(candidates, []))
     with pytest.raises(
-        ConfigError, match=r"`only` must hold parts of names, got 'nobody'\. They are: stock, gate step 1"
+        ConfigError, match=r"`only` must hold parts of names, got 'nobody'\. They are: stock, gate step 2"
     ):
         named(candidates, ["nobody"])
 
