@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny
 
 from tgate_processors import ConfigError, TGateConfig, _loop, apply_tgate, preset
+from tgate_processors.measure.samplers import sampler_on
 from tgate_processors.presets import PRESETS
 
 
@@ -59,3 +60,30 @@ def test_few_steps_with_guidance_save_as_many_do(family, caplog):
         subject(tgate, num_inference_steps=4)
         assert tgate.summary().macs_saved > 0.2
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("sampler", "config", "message"),
+    [
+        (
+            "euler-a",
+            TGateConfig(gate_step=3, guidance_start=1),
+            "`guidance_start` should be 0 with EulerAnc",
+        ),
+        (
+            "dpm++-2m-sde-karras",
+            TGateConfig(gate_step=3),
+            "`look_interval` should be given with an SDE",
+        ),
+    ],
+)
+def test_a_setting_that_costs_more_under_the_sampler_is_told(sampler, config, message):
+    """Under another sampler, or with another setting, nothing is said: a warning is an error in these tests."""
+    subject = tiny("sd")
+    with sampler_on(subject.pipe, sampler), pytest.warns(UserWarning, match=message) as said:
+        apply_tgate(subject.pipe, config).remove()
+    assert [one.filename for one in said] == [__file__]
+    with sampler_on(subject.pipe, "euler"):
+        apply_tgate(subject.pipe, config).remove()
+    with sampler_on(subject.pipe, sampler):
+        apply_tgate(subject.pipe, preset("looks")).remove()

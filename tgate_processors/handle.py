@@ -62,12 +62,22 @@ def apply_tgate(
 
 def _warn_of_sampler(pipe: Any, config: TGateConfig) -> None:
     """A setting that was measured to cost more under the pipeline's sampler than under others says so."""
-    sampler = type(getattr(pipe, "scheduler", None)).__name__
-    if config.guidance_start and sampler == "EulerAncestralDiscreteScheduler":
+    scheduler = getattr(pipe, "scheduler", None)
+    name = type(scheduler).__name__
+    drops_half = pipelines.family_of(pipe).guidance in (Guidance.HALVES, Guidance.HALVES_POSITIVE_FIRST)
+    is_sde = "sde" in str(getattr(getattr(scheduler, "config", None), "algorithm_type", ""))
+    if drops_half and is_sde and config.look_interval is None:
         warnings.warn(
-            f"`guidance_start` should be 0 with {sampler}, got {config.guidance_start}: its first steps decide "
-            "much. On the embedded model it costs 4.7 dB of likeness to the stock pictures, and 0.7 dB under "
-            "DPM++ 2M Karras. Compare your pictures, or leave it out.",
+            f"`look_interval` should be given with an SDE sampler such as this {name}, got None: on the embedded "
+            "model the gate alone loses a tenth of the pictures there, and with looks nothing. Pass for example "
+            '`preset("looks")`.',
+            stacklevel=3,
+        )
+    if config.guidance_start and name == "EulerAncestralDiscreteScheduler":
+        warnings.warn(
+            f"`guidance_start` should be 0 with {name}, got {config.guidance_start}: its first steps decide much. On "
+            "the embedded model it costs 4.7 dB of likeness to the stock pictures, and 0.7 dB under DPM++ 2M Karras. "
+            "Compare your pictures, or leave it out.",
             stacklevel=3,
         )
 
