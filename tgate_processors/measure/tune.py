@@ -187,11 +187,11 @@ def tune(
             "num_inference_steps": num_inference_steps,
         }
 
-    settings = described(pipe, call_kwargs) | {"sampler": sampler or "its own", "steps": num_inference_steps}
-    settings |= {"prompts": len(prompts), "seed": seed}
     tried: list[Tried] = []
     total = (1 + len(configs)) * len(prompts)
     with sampler_on(pipe, sampler), tqdm(total=total, desc="drawing", unit="picture") as bar:
+        settings = described(pipe, call_kwargs) | {"sampler": sampler or "its own", "steps": num_inference_steps}
+        settings |= {"prompts": len(prompts), "seed": seed}
         stock = draw(pipe, ways.stock(), len(prompts), arguments, bar=bar)
         with keeping(tried, settings):
             for config in configs:
