@@ -280,10 +280,7 @@ def _add_steps(command: argparse.ArgumentParser, default: int | None = None) -> 
 def _add_gate(command: argparse.ArgumentParser) -> None:
     """The fields of `TGateConfig`."""
     command.add_argument(
-        "--gate-step",
-        type=_gate_step,
-        default=10,
-        help="steps before the gate closes, or their share, or auto",
+        "--gate-step", type=_gate_step, default=10, help="steps before the gate closes, or their share, or auto"
     )
     command.add_argument("--look-interval", type=int, help="look at the text again every so many steps after the gate")
     command.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")

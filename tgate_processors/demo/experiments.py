@@ -127,7 +127,7 @@ class Extrapolated(LastLooks):
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Of each picture: `(rows, 1, 1, 1)`."""
+    """The inner product of each picture with its like: `(rows, 1, 1, 1)`."""
     return (one.float() * other.float()).sum((1, 2, 3), keepdim=True)
 
 

@@ -13,9 +13,8 @@ from tgate_processors.demo.checker import ATTRIBUTES, read
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.render import render
 from tgate_processors.demo.world import caption
-from tgate_processors.measure import ways
 from tgate_processors.measure.likeness import FrechetDistance
-from tgate_processors.measure.quality import compare, draw, papers_gate, under_samplers, ways_for
+from tgate_processors.measure.quality import chosen_ways, compare, draw, papers_gate, under_samplers
 from tgate_processors.measure.quality_report import Quality, Report
 from tgate_processors.schedule import TGateConfig
 
@@ -51,7 +50,7 @@ def quality_of_demo(
     """
     require_whole("count", count, least=2)
     TGateConfig(gate_step="auto").schedule(steps)  # says if these are too few
-    chosen = ways.named(ways_for(steps, has_unet=True), only)
+    chosen = chosen_ways(steps, only, has_unet=True)
     scenes = held_out_scenes(count, seed)
     prompts = [caption(scene) for scene in scenes]
     frechet = FrechetDistance((render(scenes, torch.Generator().manual_seed(seed)) + 1) / 2, Latents(pipe.vae))

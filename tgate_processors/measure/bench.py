@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tgate_processors._tables import format_table
+from tgate_processors._tables import format_settings, format_table
 from tgate_processors._validation import require_whole
 from tgate_processors.measure.contestants import Contestant, Run, contestants
 from tgate_processors.measure.interruption import keeping
@@ -81,7 +81,7 @@ class Report:
     def __str__(self) -> str:
         heading = ("contestant", "run, s", "speed-up", "planning step, s", "to stock", "fidelity step, s", "to limit")
         lines = [heading, *map(_cells, self.rows)]
-        pairs = [", ".join(f"{key} {value}" for key, value in part.items()) for part in (self.settings, self.machine)]
+        pairs = list(map(format_settings, (self.settings, self.machine)))
         of_arithmetic = [f"{row.name} {row.of_arithmetic:.3f}" for row in self.rows if row.of_arithmetic]
         peaks = [f"{row.name} {row.peak_bytes / 2**20:.0f} MiB" for row in self.rows if row.peak_bytes is not None]
         failures = [f"{row.name}: {row.error}" for row in self.rows if row.error]

@@ -162,7 +162,7 @@ def under_samplers(
         pipe: The pipeline.
         samplers: Names of `SAMPLERS`.
         compare_under: Compares under the sampler that the pipeline has then, told its name.
-        settings: Of all, for the report.
+        settings: How all of them are drawn, for the report.
 
     Raises:
         ConfigError: A sampler is not known, or does not suit the pipeline.
@@ -213,20 +213,14 @@ def quality_of_pipeline(
     require_prompts(prompts)
     TGateConfig(gate_step="auto").schedule(num_inference_steps)  # says if these are too few
 
-    def arguments(chunk: slice) -> dict[str, Any]:
-        return call_kwargs | {
-            "prompt": prompts[chunk.start],
-            "generator": torch.Generator().manual_seed(seed + chunk.start),
-            "num_inference_steps": num_inference_steps,
-        }
-
     def score(pictures: Tensor, stock: Tensor) -> Scores:
         if clip is None:
             return {"likeness": likeness.ssim(pictures, stock)}
         return {"CLIP score": likeness.clip_score(pictures, prompts, clip) / 100}
 
     deciding = "likeness" if clip is None else "CLIP score"
-    chosen = ways.named(ways_for(num_inference_steps, has_unet=hasattr(pipe, "unet")), only)
+    arguments = one_by_one(prompts, num_inference_steps, seed, call_kwargs)
+    chosen = chosen_ways(num_inference_steps, only, has_unet=hasattr(pipe, "unet"))
     settings = {"steps": num_inference_steps, "prompts": len(prompts), "seed": seed}
     settings = described(pipe, call_kwargs) | settings
     total = max(1, len(samplers)) * len(chosen) * len(prompts)
@@ -246,20 +240,47 @@ def quality_of_pipeline(
         return under_samplers(pipe, samplers, under, settings)
 
 
+def one_by_one(
+    prompts: Sequence[str], num_inference_steps: int, seed: int, call_kwargs: Mapping[str, Any]
+) -> Arguments:
+    """The arguments of calls that draw one prompt each; prompt i starts from the noise of `seed + i`."""
+
+    def arguments(chunk: slice) -> dict[str, Any]:
+        return {
+            **call_kwargs,
+            "prompt": prompts[chunk.start],
+            "generator": torch.Generator().manual_seed(seed + chunk.start),
+            "num_inference_steps": num_inference_steps,
+        }
+
+    return arguments
+
+
 def papers_gate(num_steps: int) -> str:
     """The name of the way that the papers suggest for Stable Diffusion: two fifths of the run."""
-    return f"gate step {_part(0.4, num_steps)}"
+    return f"gate step {part_of(num_steps, 0.4)}"
 
 
-def _part(share: float, num_steps: int) -> int:
+def part_of(num_steps: int, share: float) -> int:
+    """A share of a run in steps, at least one."""
     return max(1, round(share * num_steps))
+
+
+def chosen_ways(num_steps: int, only: Sequence[str], *, has_unet: bool) -> list[Way]:
+    """Those that `only` names by parts of their names; where it is empty all that are not extra.
+
+    Raises:
+        ConfigError: A part is in no name.
+    """
+    every = ways_for(num_steps, has_unet=has_unet)
+    return ways.named(every if only else [way for way in every if not way.is_extra], only)
 
 
 def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
     """The stock pipeline, the gate, its control, looks, fewer steps and peers; then those that are extra."""
 
     def at(share: float) -> int:
-        return _part(share, num_steps)
+        return part_of(num_steps, share)
 
     def gate(step: int) -> Way:
         return replace(ways.gated(TGateConfig(gate_step=step), f"gate step {step}"), gate_step=step)

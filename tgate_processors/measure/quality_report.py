@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgate_processors._tables import format_table
+from tgate_processors._tables import format_settings, format_table
 from tgate_processors.measure.intervals import Estimate, difference, estimate
 from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
 
@@ -253,8 +253,7 @@ class Quality:
         }
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        parts = [settings, *map(str, self.reports)]
+        parts = [format_settings(self.settings), *map(str, self.reports)]
         if len(self.reports) > 1:
             parts.append(self._table_of_all())
         return "\n\n".join(parts)
@@ -299,8 +298,7 @@ def plot_quality(quality: Quality, path: Path) -> None:
     panels[0].set_ylim(bottom, most + max(0.4 * (most - bottom), 0.02))  # with room for the names
     panels[0].set_yticks([tick for tick in panels[0].get_yticks() if bottom <= tick <= 1])
     panels[0].legend(frameon=False, loc="lower right")
-    settings = ", ".join(f"{key} {value}" for key, value in quality.settings.items())
-    figure.suptitle(f"What each way costs in its pictures: {settings}", fontsize=10)
+    figure.suptitle(f"What each way costs in its pictures: {format_settings(quality.settings)}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -1,6 +1,6 @@
 """Samplers by the names that people call them: which scheduler of diffusers each is, and with which settings."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,15 +42,9 @@ def sampler_on(pipe: Any, name: str | None) -> Iterator[None]:
         pipe.scheduler = own
 
 
-def require_samplers(names: Iterable[str]) -> None:
-    """Raise `ConfigError` where one of `names` is not a key of `SAMPLERS`."""
-    for name in names:
-        if name not in SAMPLERS:
-            raise ConfigError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {name!r}.")
-
-
 def _scheduler_for(own: Any, name: str) -> Any:
-    require_samplers([name])
+    if name not in SAMPLERS:
+        raise ConfigError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {name!r}.")
     class_name, settings = SAMPLERS[name]
     kinds = [kind for kind in getattr(own, "compatibles", []) if kind.__name__ == class_name]
     # Video models of flow matching have a UniPC whose noise levels no other sampler would take from it.

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from diffusers.utils import pt_to_pil
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from tgate_processors._tables import format_table
+from tgate_processors._tables import format_settings, format_table
 from tgate_processors._validation import require_whole
 from tgate_processors.errors import ConfigError
 from tgate_processors.handle import check_can_apply
@@ -18,7 +17,7 @@ from tgate_processors.measure import likeness, ways
 from tgate_processors.measure.convergence import described, require_prompts
 from tgate_processors.measure.interruption import keeping
 from tgate_processors.measure.intervals import estimate
-from tgate_processors.measure.quality import draw
+from tgate_processors.measure.quality import OWN, draw, one_by_one, part_of
 from tgate_processors.measure.samplers import sampler_on
 from tgate_processors.measure.sheet import sheet
 from tgate_processors.schedule import TGateConfig
@@ -111,8 +110,7 @@ class Tuning:
             for one in self.tried
         ]
         heading = ("setting", "arithmetic", "PSNR to stock, dB", "the budget")
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return "\n".join([settings, "", format_table([heading, *lines]), "", self._advice()])
+        return "\n".join([format_settings(self.settings), "", format_table([heading, *lines]), "", self._advice()])
 
     def _advice(self) -> str:
         if self.chosen is not None:
@@ -137,7 +135,7 @@ class Tuning:
         return sheet(
             rows,
             title=f"The stock pipeline, and TGateConfig({shown.config}): {shown.arithmetic:.0%} of the arithmetic",
-            settings=", ".join(f"{key} {value}" for key, value in self.settings.items()),
+            settings=format_settings(self.settings),
             rows=("stock", "gated"),
             columns=prompts[:MOST_PICTURES],
         )
@@ -180,17 +178,11 @@ def tune(
     require_budget(psnr, arithmetic)
     configs = candidates(pipe, num_inference_steps)
 
-    def arguments(chunk: slice) -> dict[str, Any]:
-        return call_kwargs | {
-            "prompt": prompts[chunk.start],
-            "generator": torch.Generator().manual_seed(seed + chunk.start),
-            "num_inference_steps": num_inference_steps,
-        }
-
+    arguments = one_by_one(prompts, num_inference_steps, seed, call_kwargs)
     tried: list[Tried] = []
     total = (1 + len(configs)) * len(prompts)
     with sampler_on(pipe, sampler), tqdm(total=total, desc="drawing", unit="picture") as bar:
-        settings = described(pipe, call_kwargs) | {"sampler": sampler or "its own", "steps": num_inference_steps}
+        settings = described(pipe, call_kwargs) | {"sampler": sampler or OWN, "steps": num_inference_steps}
         settings |= {"prompts": len(prompts), "seed": seed}
         stock = draw(pipe, ways.stock(), len(prompts), arguments, bar=bar)
         with keeping(tried, settings):
@@ -225,12 +217,9 @@ def candidates(pipe: Any, num_inference_steps: int) -> list[TGateConfig]:
         StateError: The pipeline is gated already.
     """
 
-    def steps(share: float) -> int:
-        return max(1, round(share * num_inference_steps))
-
-    plain = [TGateConfig(gate_step=step) for step in sorted({steps(share) for share in GATES})]
+    plain = [TGateConfig(gate_step=step) for step in sorted({part_of(num_inference_steps, share) for share in GATES})]
     check_can_apply(pipe, plain[0])
-    pairs = sorted({(steps(share), interval) for share, interval in LOOKS})
+    pairs = sorted({(part_of(num_inference_steps, share), interval) for share, interval in LOOKS})
     looks = [TGateConfig(gate_step=step, look_interval=interval) for step, interval in pairs]
     # in a short run several settings may be the same
     different = {config.schedule(num_inference_steps).modes: config for config in looks if _takes(pipe, config)}

@@ -165,7 +165,7 @@ N = TypeVar("N", bound=Named)
 
 
 def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
-    """The first, and those whose names hold one of the parts in `only`; where it is empty all that are not extra.
+    """The first, and those whose names hold one of the parts in `only`; all where it is empty.
 
     Raises:
         ConfigError: A part is in no name.
@@ -175,9 +175,7 @@ def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
             names = ", ".join(one.name for one in candidates)
             raise ConfigError(f"`only` must hold parts of names, got {part!r}. They are: {names}.")
     first, *rest = candidates
-    if not only:
-        return [first, *(one for one in rest if not getattr(one, "is_extra", False))]
-    return [first, *(one for one in rest if any(part in one.name for part in only))]
+    return [first, *(one for one in rest if not only or any(part in one.name for part in only))]
 
 
 def package(name: str) -> Any:
