@@ -37,7 +37,7 @@ PRESETS = {
     "lcm-pixart": Preset(TGateConfig(gate_step=0.25), _LCM),
     "looks": Preset(
         TGateConfig(gate_step=0.2, look_interval=6),
-        "docs/quality.md: of what saves a third on the embedded model, the nearest to stock under seven samplers",
+        "docs/quality.md: measured on the embedded model under seven samplers",
     ),
     "auto": Preset(
         TGateConfig(gate_step="auto"), "docs/choosing.md: the tolerance was found on the embedded model, under DDIM"
