@@ -3,7 +3,7 @@
 from collections import Counter
 from functools import partial
 
-from tgate_processors._folding import sample_of
+from tgate_processors._folding import batch_of
 from tgate_processors._layers import attention_layers, cross_attention_layers
 
 
@@ -16,13 +16,13 @@ class Seen:
         self.num_self = len(attention_layers(network)) - len(self.cross)
         self.hooks = [network.register_forward_pre_hook(self.on_call, with_kwargs=True)]
         for layer_name, layer in attention_layers(network).items():
-            key = next(part for part in ("to_k", "to_key") if hasattr(layer, part))
+            key = next((getattr(layer, part) for part in ("to_k", "to_key") if hasattr(layer, part)), None)
             kind = "cross" if layer_name in self.cross else "self"
-            hook = partial(self.on_attention, kind)
-            self.hooks.append(getattr(layer, key).register_forward_hook(hook))
+            if key is not None:  # some make queries, keys and values at once
+                self.hooks.append(key.register_forward_hook(partial(self.on_attention, kind)))
 
     def on_call(self, module, args, kwargs):
-        self.batches.append(sample_of((args, kwargs)).shape[0])
+        self.batches.append(batch_of((args, kwargs)))
 
     def on_attention(self, kind, *_):
         self.computed[kind] += 1

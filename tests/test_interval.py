@@ -15,10 +15,11 @@ from zoo import ENTRIES, STEPS, class_of, seeded
 
 from tgate_processors import ConfigError, Gate, TGateConfig, apply_tgate, gated_processors
 from tgate_processors import _deepcache as deepcache
+from tgate_processors._families import FAMILIES, Guidance
 from tgate_processors._installation import is_gated
 from tgate_processors._kept import UNMEASURED
 from tgate_processors._modes import AttentionMode, Phase, StepMode
-from tgate_processors._pipelines import FAMILIES, Guidance, denoisers_of, side_networks_of, takes_callback
+from tgate_processors._pipelines import denoisers_of, side_networks_of, takes_callback
 
 
 NEVER = 99

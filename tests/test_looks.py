@@ -13,10 +13,11 @@ from zoo import ENTRIES, STEPS, class_of
 from zoo import seeded as seeded_pipeline
 
 from tgate_processors import ConfigError, TGateConfig, apply_tgate
+from tgate_processors._families import FAMILIES, Guidance
 from tgate_processors._folding import difference_of_halves, with_difference
 from tgate_processors._kept import UNMEASURED, KeptGuidance
 from tgate_processors._modes import Phase
-from tgate_processors._pipelines import FAMILIES, Guidance, denoisers_of, takes_callback
+from tgate_processors._pipelines import denoisers_of, takes_callback
 
 
 LOOKS = TGateConfig(gate_step=2, look_interval=3)

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -100,15 +101,17 @@ class _Copier:
         self._copies: dict[int, Any] = {}
 
     def copied(self, value: Any) -> Any:
-        """A copy of a module, a tensor, a list, a dict or a generator; anything else is itself."""
+        """A copy of a module, a tensor, a list, a dict, a generator or a part; anything else is itself."""
         if isinstance(value, torch.Tensor):
             return self._change(value)
         if isinstance(value, torch.nn.Module):
             value = getattr(value, "_orig_mod", value)  # torch.compile wraps it
         if id(value) in self._copies:
             return self._copies[id(value)]
-        if isinstance(value, torch.nn.Module):
-            return self._module(value)
+        return self._module(value) if isinstance(value, torch.nn.Module) else self._holder(value)
+
+    def _holder(self, value: Any) -> Any:
+        """A copy of what may hold tensors."""
         if isinstance(value, torch.Generator):
             self._copies[id(value)] = value.clone_state()
         elif type(value) is list:
@@ -117,6 +120,9 @@ class _Copier:
         elif type(value) is dict:
             self._copies[id(value)] = {}
             self._copies[id(value)].update({key: self.copied(item) for key, item in value.items()})
+        elif _is_part(value):
+            self._copies[id(value)] = copied = object.__new__(type(value))
+            vars(copied).update({name: self.copied(item) for name, item in vars(value).items()})
         return self._copies.get(id(value), value)
 
     def _module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -134,6 +140,12 @@ class _Copier:
             elif name not in ("forward", "_compiled_call_impl", "_diffusers_hook"):
                 vars(copied)[name] = self.copied(value)
         return copied
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value is a part of a diffusers model that is no module: Z-Image's positions, which keep tensors."""
+    is_object = hasattr(value, "__dict__") and not isinstance(value, Enum)
+    return is_object and type(value).__module__.startswith("diffusers.models.")
 
 
 def _as_plain(module: Any) -> torch.nn.Module | None:

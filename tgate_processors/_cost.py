@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from tgate_processors import _deepcache as dc
-from tgate_processors._folding import Inputs, map_tensors, sample_of, take_half, tensors_in
+from tgate_processors._folding import Inputs, batch_of, map_tensors, sample_of, take_half, tensors_in
 from tgate_processors._layers import attention_layers, cross_attention_layers, is_joint
 from tgate_processors._modes import AttentionMode, StepMode
 from tgate_processors._record import Evaluation
@@ -120,7 +120,7 @@ class NetworkCost:
         return peak
 
     def _batch_of(self, given: int) -> int:
-        return sample_of(self._inputs[given]).shape[0]
+        return batch_of(self._inputs[given])
 
     def _profile(self, evaluation: Evaluation) -> _Profile:
         key = (evaluation.given, evaluation.batch, evaluation.shallow)
@@ -151,7 +151,7 @@ def _beside(model: Any, deepcache: Any, inputs: Inputs, shallow: bool, stack: Ex
 def _count(model: Any, inputs: Inputs) -> _Profile:
     args, kwargs = map_tensors(lambda tensor: tensor, inputs)  # HunyuanDiT empties the list of its controls
     if hasattr(model, "_tome_info"):  # tomesd notes the sample's size in a hook, which the copy has not
-        model._tome_info["size"] = sample_of(inputs).shape[2:]
+        model._tome_info["size"] = tensors_in(sample_of(inputs))[0].shape[2:]
     profile = _Profile()
     counter = FlopCounterMode(display=False)
     cross = cross_attention_layers(model)

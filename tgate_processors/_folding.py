@@ -1,10 +1,11 @@
 """A denoiser's inputs and outputs, and their halves: one branch of a doubled batch goes in, both come out.
 
-The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, and need not know.
+The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, and need not know. A batch is a tensor, or a
+list of pictures for a network that takes lists (Z-Image).
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,22 +13,49 @@ import torch
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Change = Callable[[torch.Tensor], torch.Tensor]
+Batch = torch.Tensor | list[torch.Tensor]
 
 
-def sample_of(inputs: Inputs) -> torch.Tensor:
-    """The noisy sample among a denoiser's positional and keyword arguments: `(batch, ...)`."""
+def sample_of(inputs: Inputs) -> Batch:
+    """The noisy sample among a denoiser's positional and keyword arguments: `(batch, ...)`, or a list of pictures."""
     args, kwargs = inputs
-    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-    assert isinstance(sample, torch.Tensor), "a denoiser's first argument is the noisy sample"
+    named = (kwargs.get(name) for name in ("sample", "hidden_states", "vision_tokens"))
+    given = [value for value in (*args, *named, *kwargs.values()) if tensors_in(value)]
+    sample: Batch = next((value for value in given if tensors_in(value)[0].is_floating_point()), given[0])
     return sample
 
 
+def batch_of(inputs: Inputs) -> int:
+    """How many rows the noisy sample has."""
+    return len(sample_of(inputs))
+
+
+def rows_of(output: Any, inputs: Inputs) -> int:
+    """How many rows a network's output has."""
+    value = next(iter(output.values() if isinstance(output, Mapping) else output))
+    if isinstance(value, list) and isinstance(sample_of(inputs), list):
+        return len(value)
+    return tensors_in(output)[0].shape[0]
+
+
 # Positions in the picture, the same for every branch.
-UNBATCHED = {"image_rotary_emb", "ip_adapter_masks", "rotary_embedding"}
+UNBATCHED = {
+    "image_rotary_emb",
+    "img_ids",
+    "ip_adapter_masks",
+    "rotary_embedding",
+    "txt_ids",
+}
+
+# A Python list with an item for each row.
+LISTED = {"shape_list"}
+
+# The texts of several layers of an encoder, `(layers, batch, ...)` (HiDream).
+BATCHED_SECOND = {"encoder_hidden_states_llama3"}
 
 # What people hand to their own processors, in diffusers 0.42. Of these the names of diffusers are known.
 ATTENTION_KWARGS = {"attention_kwargs", "cross_attention_kwargs", "joint_attention_kwargs"}
-KNOWN_ATTENTION_KWARGS = {"gligen", "ip_adapter_masks", "scale"}
+KNOWN_ATTENTION_KWARGS = {"attention_mask", "gligen", "ip_adapter_image_embeds", "ip_adapter_masks", "scale"}
 
 # What side networks add. In guess mode a ControlNet sees the positive branch alone and the negative one is given
 # zeros, so the control is in the second half; else both halves are the same after the gate.
@@ -56,19 +84,51 @@ def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
         first: Whether to take the first half.
     """
     args, kwargs = inputs
-    take = functools.partial(_half, batch=batch, first=first)
-    control = functools.partial(_half, batch=batch, first=False)
-    return tuple(map_tensors(take, args)), {
-        name: _halves(name, value, take, control) for name, value in kwargs.items()
-    }
+    half = _Half(batch, first=first, in_lists=isinstance(sample_of(inputs), list))
+    return tuple(map(half.of, args)), {name: half.named(name, value) for name, value in kwargs.items()}
 
 
-def _halves(name: str, value: Any, take: Change, control: Change) -> Any:
-    if name in UNBATCHED:
-        return value
-    if name in ATTENTION_KWARGS and isinstance(value, Mapping):
-        return {key: _halves(key, item, take, control) for key, item in value.items()}
-    return map_tensors(control if name in CONTROLS else take, value)
+@dataclass(frozen=True)
+class _Half:
+    """One half of a batch.
+
+    Args:
+        batch: Size of the doubled batch.
+        first: Whether it is the first.
+        in_lists: Whether the network takes lists with an item for each picture.
+    """
+
+    batch: int
+    first: bool
+    in_lists: bool = False
+
+    def named(self, name: str, value: Any) -> Any:
+        """The half of a keyword argument."""
+        if name in UNBATCHED:
+            return value
+        if name in LISTED:
+            return self.of_list(value)
+        if name in BATCHED_SECOND:
+            return self.of(value.transpose(0, 1)).transpose(0, 1)
+        if name in ATTENTION_KWARGS and isinstance(value, Mapping):
+            return {key: self.named(key, item) for key, item in value.items()}
+        return (replace(self, first=False) if name in CONTROLS else self).of(value)
+
+    def of(self, value: Any) -> Any:
+        """The half of what is batched in a value, nested ones too."""
+        if self.in_lists and isinstance(value, list):
+            return self.of_list(value)  # what is in an item is not batched
+        return map_tensors(self.of_tensor, value)
+
+    def of_list(self, value: Any) -> Any:
+        """The half of a list that has an item for each row."""
+        if not isinstance(value, list) or len(value) != self.batch:
+            return value
+        return value[: self.batch // 2] if self.first else value[self.batch // 2 :]
+
+    def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The half of a tensor, if it is batched."""
+        return half_of(tensor, first=self.first) if _is_batched(tensor, self.batch) else tensor
 
 
 def ambiguous_argument(inputs: Inputs, batch: int) -> str | None:
@@ -82,10 +142,6 @@ def ambiguous_argument(inputs: Inputs, batch: int) -> str | None:
 
 def _is_batched(tensor: torch.Tensor, batch: int) -> bool:
     return tensor.ndim > 0 and tensor.shape[0] > 0 and tensor.shape[0] % batch == 0
-
-
-def _half(tensor: torch.Tensor, *, batch: int, first: bool) -> torch.Tensor:
-    return half_of(tensor, first=first) if _is_batched(tensor, batch) else tensor
 
 
 def half_of(tensor: torch.Tensor, *, first: bool) -> torch.Tensor:
@@ -136,12 +192,33 @@ def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: 
     return map_tensors(join, output)
 
 
-def halves_are_equal(sample: torch.Tensor) -> bool:
+def halves_are_equal(sample: Batch) -> bool:
     """Whether a batch is one sample per picture, doubled for guidance. Synchronises with the device."""
-    if sample.shape[0] % 2:
-        return False
-    first, second = sample.chunk(2)
-    return torch.equal(first, second)
+    half, rest = divmod(len(sample), 2)
+    return not rest and all(torch.equal(*pair) for pair in zip(sample[:half], sample[half:], strict=True))
+
+
+def has_lists(output: Any) -> bool:
+    """Whether a network puts its pictures out in a list."""
+    return any(isinstance(value, list) for value in (output.values() if isinstance(output, Mapping) else output))
+
+
+def as_tensors(output: Any) -> Any:
+    """The output of a network with a tensor `(batch, ...)` for each list of pictures."""
+    return _map_lists(torch.stack, output)
+
+
+def as_lists(output: Any) -> Any:
+    """Undo `as_tensors`."""
+    return map_tensors(lambda tensor: list(tensor.unbind()), output)  # type: ignore[arg-type, return-value]
+
+
+def _map_lists(change: Callable[[list[torch.Tensor]], Any], value: Any) -> Any:
+    if isinstance(value, list):
+        return change(value)
+    if isinstance(value, Mapping):
+        return _like(value, {key: _map_lists(change, item) for key, item in value.items()})
+    return tuple(_map_lists(change, item) for item in value) if isinstance(value, tuple) else value
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -157,8 +234,14 @@ def map_tensors(change: Change, value: Any) -> Any:
     """`value` with `change` applied to each tensor in it, in mappings, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, Mapping):  # a ModelOutput of diffusers too: it is made from keywords as a dict is
-        return type(value)(**{key: map_tensors(change, item) for key, item in value.items()})
+    if isinstance(value, Mapping):
+        return _like(value, {key: map_tensors(change, item) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(change, item) for item in value)
     return value
+
+
+def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same class; diffusers' outputs are dataclasses."""
+    made: Any = type(value)
+    return made(**items) if is_dataclass(value) else made(items)

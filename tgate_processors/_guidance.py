@@ -12,11 +12,15 @@ import torch
 from tgate_processors._folding import (
     Inputs,
     ambiguous_argument,
+    as_lists,
+    as_tensors,
+    batch_of,
     difference,
     difference_of_halves,
     double,
     half_of,
     halves_are_equal,
+    has_lists,
     mean_of_halves,
     plus,
     sample_of,
@@ -39,14 +43,17 @@ class Whole:
 
     keeps_first_half = True
 
-    def has_halves(self, inputs: Inputs, does_guidance: bool | None, *, step: int, calls: int) -> bool | None:
+    def has_halves(
+        self, inputs: Inputs, does_guidance: bool | None, *, step: int, call: int, most_calls: int
+    ) -> bool | None:
         """Whether the batch is two halves, one of which can be dropped; None where nobody can say yet.
 
         Args:
             inputs: What the network is called with.
             does_guidance: What the pipeline says; None where it says nothing.
             step: The step of the run, 0-based.
-            calls: The most calls that a timestep has had, this one among them.
+            call: Which call for its timestep it is.
+            most_calls: The most calls that a timestep has had, this one among them.
         """
         return False
 
@@ -60,7 +67,7 @@ class Whole:
 
     def fold(self, inputs: Inputs, phase: Phase) -> Inputs:
         """The branch that goes on, of a batch of two halves."""
-        return take_half(inputs, sample_of(inputs).shape[0], first=self.takes_first_half(phase))
+        return take_half(inputs, batch_of(inputs), first=self.takes_first_half(phase))
 
     def takes_first_half(self, phase: Phase) -> bool:
         """Which half goes on where one branch is denoised."""
@@ -101,8 +108,8 @@ class Halves(Whole):
         positive_first: Whether the batch begins with the positive branch.
         looks: Whether the run looks again: layers then keep the half that goes on, and guidance is kept between looks.
         is_denoiser: Whether the output is guided. That of a ControlNet is not.
-        is_tried: Whether the pipeline is known to call once for a timestep and to say whether it does guidance. Of
-            others the halves must be seen to be equal, and a pipeline that calls several times has none.
+        is_tried: Whether the pipeline is known to do so in the first call for a timestep, and to say whether it does
+            guidance. Of others the halves must be seen to be equal, and a pipeline that calls several times has none.
     """
 
     def __init__(
@@ -122,13 +129,14 @@ class Halves(Whole):
         self._seen: dict[int, bool] = {}  # by batch: whether the halves of the sample were equal
         self._kept = KeptGuidance()
 
-    def has_halves(self, inputs: Inputs, does_guidance: bool | None, *, step: int, calls: int) -> bool | None:
-        sample = sample_of(inputs)
-        batch = sample.shape[0]
+    def has_halves(
+        self, inputs: Inputs, does_guidance: bool | None, *, step: int, call: int, most_calls: int
+    ) -> bool | None:
+        batch = batch_of(inputs)
         # a ControlNet in guess mode is given the positive branch alone
         if does_guidance is False or batch % 2 or inputs[1].get("guess_mode", False):
             return False
-        if not self._is_tried and calls > 1:
+        if call or (most_calls > 1 and not self._is_tried):
             return False
         name = ambiguous_argument(inputs, batch)
         if name is not None:
@@ -139,7 +147,7 @@ class Halves(Whole):
         if step == 0:
             return None  # two pictures may start from the same noise; in the next step they differ
         if batch not in self._seen:
-            self._seen[batch] = halves_are_equal(sample)
+            self._seen[batch] = halves_are_equal(sample_of(inputs))
         return self._seen[batch]
 
     def takes_first_half(self, phase: Phase) -> bool:
@@ -159,6 +167,18 @@ class Halves(Whole):
         if output.shape[0] % 2:
             return output
         return half_of(output, first=self.keeps_first_half) if self._looks else mean_of_halves(output)
+
+
+class Lists(Halves):
+    """Halves of a list of pictures: the network takes lists, and puts one out (Z-Image). Its ControlNet does not."""
+
+    def unfold(self, output: Any, step: int) -> Any:
+        if not has_lists(output):
+            return super().unfold(output, step)
+        return as_lists(super().unfold(as_tensors(output), step))
+
+    def note(self, call: int, output: Any, step: int, channels: int | None = None) -> None:
+        super().note(call, as_tensors(output) if has_lists(output) else output, step, None)
 
 
 class Calls(Whole):

@@ -14,6 +14,7 @@ from tgate_processors.errors import UnsupportedPipelineError
 # in diffusers 0.42.
 CROSS_ATTENTION = {
     "Kandinsky3UNet": r"attentions\.[1-9]\d*\.attention",  # the first is self-attention, and says that it is not
+    "OmniGenTransformer2DModel": r"$^",  # which says of its self-attention that it is cross-attention
     "Kandinsky5Transformer3DModel": r"\.cross_attention",
     "LTXVideoTransformer3DModel": r"\.attn2",
     "WanAnimateTransformer3DModel": r"\.attn2",  # its other cross-attention is to the face of each frame
@@ -59,14 +60,14 @@ def cross_attention_layers(denoiser: torch.nn.Module) -> dict[str, torch.nn.Modu
 
 def is_joint(layer: torch.nn.Module) -> bool:
     """Whether self- and cross-attention are one operation in a layer, so that neither has an output to keep."""
-    return isinstance(layer, Attention) and layer.added_kv_proj_dim is not None
+    return isinstance(layer, Attention) and getattr(layer, "added_kv_proj_dim", None) is not None
 
 
-def check_can_be_gated(denoiser: torch.nn.Module) -> None:
-    """Whether there is a layer to gate, and its output fits a later step.
+def check_merges_no_cross_attention(denoiser: torch.nn.Module) -> None:
+    """Whether the output of cross-attention fits a later step.
 
     Raises:
-        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or merges its tokens.
+        UnsupportedPipelineError: The denoiser merges the tokens that go into it.
     """
     merging: list[Any] = [block for block in denoiser.modules() if type(block).__name__ == "ToMeBlock"]
     if any(block._tome_info["args"]["merge_crossattn"] for block in merging):
@@ -74,6 +75,14 @@ def check_can_be_gated(denoiser: torch.nn.Module) -> None:
             "`merge_crossattn` must be False beside T-GATE, got tokens merged by tomesd around cross-attention: which "
             "are merged changes from step to step. Call `tomesd.apply_patch(pipe, merge_crossattn=False)`."
         )
+
+
+def check_has_cross_attention(denoiser: torch.nn.Module) -> None:
+    """Whether there is a layer to gate.
+
+    Raises:
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own.
+    """
     if cross_attention_layers(denoiser):
         return
     layers = attention_layers(denoiser)

@@ -1,7 +1,8 @@
 """A pipeline's denoising loop: which of its networks' calls are its run's, and in which step each is.
 
 Where a timestep lies in the memory of `scheduler.timesteps` says it, without asking the device. Some pipelines convert
-the timestep on the way, more in half precision; there the callback says it, or the count of evaluations.
+the timestep on the way, more in half precision; there the loop's own variable says it, or else the callback, or the
+count of evaluations.
 """
 
 import functools
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 
 from tgate_processors import _pipelines as pipelines
+from tgate_processors._callers import local_of
 from tgate_processors._deepcache import DeepFeatures
-from tgate_processors._guidance import Calls, Halves, Whole
+from tgate_processors._families import Guidance
+from tgate_processors._guidance import Calls, Halves, Lists, Whole
+from tgate_processors._layers import cross_attention_layers
 from tgate_processors._network import GatedNetwork
-from tgate_processors._pipelines import Guidance
 from tgate_processors._watch import watched_layers
 from tgate_processors.errors import StateError, UnsupportedPipelineError
 from tgate_processors.run import Part, Run
@@ -62,6 +65,7 @@ class Loop:
         run: The run that is going on, or the last.
         denoisers, side_networks: What it evaluates.
         reuses_self_attention: Whether a run may.
+        drops_guidance_alone: Whether nothing but guidance is left out: no denoiser has cross-attention of its own.
         deepcache: The helper.
     """
 
@@ -73,6 +77,7 @@ class Loop:
         self.denoisers = list({id(m): GatedNetwork.of(m) for m in pipelines.denoisers_of(pipe)}.values())
         self.side_networks = list({id(m): GatedNetwork.of(m) for m in pipelines.side_networks_of(pipe)}.values())
         self.reuses_self_attention = config.reuses_self_attention
+        self.drops_guidance_alone = not any(cross_attention_layers(network.module) for network in self.denoisers)
         self._family = pipelines.family_of(pipe)
         self._is_tried = pipelines.is_listed(pipe)
         self._takes_callback = pipelines.takes_callback(pipe)
@@ -117,8 +122,10 @@ class Loop:
         Raises:
             StateError: Another thread has begun a run meanwhile, or the callback was not passed where it is needed.
         """
-        self._check_is_not_overtaken(timestep)
         run, now = self.run, self.pipe.scheduler.timesteps
+        if position_in(timestep, now) is None:
+            timestep = local_of(self.pipe, "t")  # what it was converted from, as diffusers' loops name it
+        self._check_is_not_overtaken(timestep)
         if run is not None and not run.is_over:
             position = position_in(timestep, run.timesteps)
             if position is not None and self._is_next(run, network, position - run.first):
@@ -159,7 +166,7 @@ class Loop:
         """How many calls of a network one timestep may have; None where nobody knows."""
         if self._family.guidance is Guidance.CALLS:
             return 2 if part is None or part.closes_late or not run.closed else max(1, part.most_calls)
-        return 1 if self._is_tried else None
+        return 1 if self._is_tried and self._family.guidance is not Guidance.HALVES_THEN_CALLS else None
 
     def _counts(self, run: PipelineRun, network: GatedNetwork) -> bool:
         """Whether a call is the next of a run whose steps the callback or the count of evaluations say."""
@@ -187,7 +194,7 @@ class Loop:
         if run is None or run.is_over or network not in self.denoisers:
             return
         part = run.parts[network.layers]
-        if run.closed and not part.leaves_out_guidance:
+        if run.closed and part.calls == 1 and not part.leaves_out_guidance:
             self._say_that_no_guidance_is_dropped(run)
         # A network that is called first in the last step has as many calls to come as the others had.
         most = max(one.most_calls for one in run.parts.values())
@@ -198,6 +205,14 @@ class Loop:
             run.move_to(run.position + 1)
 
     def _say_that_no_guidance_is_dropped(self, run: PipelineRun) -> None:
+        if self.drops_guidance_alone:
+            if not run.dropped_guidance:
+                self._warn(
+                    "guidance",
+                    f"`pipe` should do guidance in this run, got none from the {type(self.pipe).__name__}: nothing "
+                    "else can be left out of it, and the gate does nothing. Turn guidance on, or run without T-GATE.",
+                )
+            return
         if run.clock.num_steps <= FEW_STEPS:
             _say_that_few_steps_gain_little()
         if self.config.look_interval is not None:
@@ -295,6 +310,7 @@ class Loop:
                 self._strategy(is_denoiser),
                 watched=self._watched(network) if is_denoiser else (),
                 decides=not self._watches_all,
+                is_denoiser=is_denoiser,
                 other_cache=None if self.deepcache is None or not is_denoiser else DeepFeatures(self.deepcache),
                 processors=network.processors,
             )
@@ -307,9 +323,11 @@ class Loop:
             return Calls(looks=looks)
         if guidance is Guidance.NONE:
             return Whole()
-        return Halves(
-            self.config.branch or ("positive" if looks else self._family.branch),
-            positive_first=guidance is Guidance.HALVES_POSITIVE_FIRST,
+        # where cross-attention is not stored, nothing but the positive branch holds the prompt
+        is_positive = looks or self.drops_guidance_alone
+        return (Lists if guidance is Guidance.LISTS else Halves)(
+            self.config.branch or ("positive" if is_positive else self._family.branch),
+            positive_first=guidance in (Guidance.HALVES_POSITIVE_FIRST, Guidance.LISTS),
             looks=looks,
             is_denoiser=is_denoiser,
             is_tried=self._is_tried,

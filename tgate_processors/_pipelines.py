@@ -1,181 +1,18 @@
-"""What a pipeline offers to a gate: its networks, its callback, its guidance, the length of its loop.
+"""What a pipeline offers to a gate: its networks, its callback, its guidance, the length of its loop."""
 
-Facts are of diffusers 0.42. What cannot be asked of a pipeline stands in `FAMILIES`.
-"""
-
+import functools
 import inspect
-from collections.abc import Iterator, Sized
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, cast
 
 import torch
-from diffusers import PNDMScheduler
+from diffusers import DDPMWuerstchenScheduler, PNDMScheduler, guiders
 
 from tgate_processors._callers import local_of
 from tgate_processors._clock import StepClock
+from tgate_processors._families import FAMILIES, REFUSED, Family, Guidance
 from tgate_processors._layers import cross_attention_layers
-from tgate_processors.errors import StateError, UnsupportedPipelineError
-from tgate_processors.schedule import Branch
-
-
-class Guidance(Enum):
-    """How a pipeline evaluates the branches of its guidance."""
-
-    HALVES = "one batch `[negative, positive]`: one half is dropped"
-    HALVES_POSITIVE_FIRST = "one batch `[positive, negative]`: one half is dropped"
-    CALLS = "a call for each branch: the calls after the first are left out"
-    PARTS = "one batch of three parts or more: kept, cross-attention alone is reused"
-    NONE = "there is none: cross-attention alone is reused"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What is known of a pipeline class and cannot be asked of its instances.
-
-    Args:
-        guidance: How its branches are evaluated.
-        branch: The branch that is denoised after the gate unless the configuration names one.
-    """
-
-    guidance: Guidance = Guidance.HALVES
-    branch: Branch = "negative"
-
-
-def _families(family: Family, *names: str) -> dict[str, Family]:
-    return dict.fromkeys(names, family)
-
-
-# Each of these is run by the tests. A pipeline that derives from one of them is taken to be like it.
-FAMILIES = {
-    **_families(
-        Family(),
-        "AllegroPipeline",
-        "AnimateDiffControlNetPipeline",
-        "AnimateDiffPipeline",
-        "AnimateDiffSDXLPipeline",
-        "AnimateDiffSparseControlNetPipeline",
-        "AnimateDiffVideoToVideoControlNetPipeline",
-        "AnimateDiffVideoToVideoPipeline",
-        "AudioLDM2Pipeline",
-        "HunyuanDiTControlNetPipeline",
-        "HunyuanDiTPipeline",
-        "Kandinsky3Img2ImgPipeline",
-        "Kandinsky3Pipeline",
-        "KolorsImg2ImgPipeline",
-        "KolorsPipeline",
-        "LTXConditionPipeline",
-        "LTXImageToVideoPipeline",
-        "LTXPipeline",
-        "LatentConsistencyModelImg2ImgPipeline",
-        "LatentConsistencyModelPipeline",
-        "LattePipeline",
-        "PixArtAlphaPipeline",
-        "PixArtSigmaPipeline",
-        "SanaControlNetPipeline",
-        "SanaPipeline",
-        "SanaVideoPipeline",
-        "StableAudioPipeline",
-        "StableDiffusionAdapterPipeline",
-        "StableDiffusionControlNetImg2ImgPipeline",
-        "StableDiffusionControlNetInpaintPipeline",
-        "StableDiffusionControlNetPipeline",
-        "StableDiffusionControlNetXSPipeline",
-        "StableDiffusionDepth2ImgPipeline",
-        "StableDiffusionGLIGENPipeline",
-        "StableDiffusionImageVariationPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionLatentUpscalePipeline",
-        "StableDiffusionPipeline",
-        "StableDiffusionUpscalePipeline",
-        "StableDiffusionXLAdapterPipeline",
-        "StableDiffusionXLControlNetImg2ImgPipeline",
-        "StableDiffusionXLControlNetInpaintPipeline",
-        "StableDiffusionXLControlNetPipeline",
-        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
-        "StableDiffusionXLControlNetUnionInpaintPipeline",
-        "StableDiffusionXLControlNetUnionPipeline",
-        "StableDiffusionXLControlNetXSPipeline",
-        "StableDiffusionXLImg2ImgPipeline",
-        "StableDiffusionXLInpaintPipeline",
-        "StableDiffusionXLPipeline",
-        "TextToVideoSDPipeline",
-        "VideoToVideoSDPipeline",
-    ),
-    # The original goes on with what it calls negative embeddings, which are the image's: the second half.
-    **_families(Family(branch="positive"), "StableVideoDiffusionPipeline"),
-    **_families(Family(Guidance.HALVES_POSITIVE_FIRST), "LuminaPipeline"),
-    **_families(
-        Family(Guidance.CALLS),
-        "Cosmos2TextToImagePipeline",
-        "Cosmos2VideoToWorldPipeline",
-        "CosmosTextToWorldPipeline",
-        "CosmosVideoToWorldPipeline",
-        "Kandinsky5T2IPipeline",
-        "Kandinsky5T2VPipeline",
-        "SkyReelsV2ImageToVideoPipeline",
-        "SkyReelsV2Pipeline",
-        "WanImageToVideoPipeline",
-        "WanPipeline",
-        "WanVACEPipeline",
-        "WanVideoToVideoPipeline",
-    ),
-    **_families(
-        Family(Guidance.PARTS),
-        "AnimateDiffPAGPipeline",
-        "HunyuanDiTPAGPipeline",
-        "KolorsPAGPipeline",
-        "LEditsPPPipelineStableDiffusion",
-        "LEditsPPPipelineStableDiffusionXL",
-        "PixArtSigmaPAGPipeline",
-        "SanaPAGPipeline",
-        "StableDiffusionControlNetPAGInpaintPipeline",
-        "StableDiffusionControlNetPAGPipeline",
-        "StableDiffusionInstructPix2PixPipeline",
-        "StableDiffusionPAGImg2ImgPipeline",
-        "StableDiffusionPAGInpaintPipeline",
-        "StableDiffusionPAGPipeline",
-        "StableDiffusionXLControlNetPAGImg2ImgPipeline",
-        "StableDiffusionXLControlNetPAGPipeline",
-        "StableDiffusionXLInstructPix2PixPipeline",
-        "StableDiffusionXLPAGImg2ImgPipeline",
-        "StableDiffusionXLPAGInpaintPipeline",
-        "StableDiffusionXLPAGPipeline",
-    ),
-    **_families(
-        Family(Guidance.NONE),
-        "MarigoldDepthPipeline",
-        "MarigoldIntrinsicsPipeline",
-        "MarigoldNormalsPipeline",
-        "SanaSprintImg2ImgPipeline",
-        "SanaSprintPipeline",
-    ),
-}
-
-
-# Pipelines with cross-attention whose loop has no step at which it could be reused.
-REFUSED = {
-    **dict.fromkeys(
-        ("StableDiffusionAttendAndExcitePipeline", "StableDiffusionPix2PixZeroPipeline"),
-        "it differentiates its cross-attention maps in every step",
-    ),
-    "StableDiffusionPanoramaPipeline": "it evaluates the denoiser for each view of a step, one after the other",
-    "StableDiffusionParadigmsPipeline": "it denoises many steps in one batch",
-    "StableDiffusionSAGPipeline": "it evaluates the denoiser again on a blurred picture in every step",
-    **dict.fromkeys(
-        (
-            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-            "SkyReelsV2DiffusionForcingPipeline",
-            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-        ),
-        "its frames are at different steps of denoising",
-    ),
-    **dict.fromkeys(
-        ("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline"),
-        "it runs parts of the loop several times, with different numbers of frames",
-    ),
-}
+from tgate_processors.errors import ConfigError, StateError, UnsupportedPipelineError
 
 
 def check_is_not_refused(pipe: Any) -> None:
@@ -187,8 +24,35 @@ def check_is_not_refused(pipe: Any) -> None:
     for name in _class_names(pipe):
         if name in REFUSED:
             raise UnsupportedPipelineError(
-                f"`pipe` must be a pipeline that evaluates its denoiser once for each step, got {name}: "
+                f"`pipe` must be a pipeline with something to leave out from a step on, got {name}: "
                 f"{REFUSED[name]}. Run it without T-GATE."
+            )
+
+
+# Guiders that compare two predictions, each from a call of its own. Where both are the same they give it back; those
+# with a momentum add what earlier steps have left in it.
+TWO_PREDICTIONS = (
+    guiders.AdaptiveProjectedGuidance,
+    guiders.AdaptiveProjectedMixGuidance,
+    guiders.ClassifierFreeGuidance,
+    guiders.ClassifierFreeZeroStarGuidance,
+    guiders.FrequencyDecoupledGuidance,
+    guiders.MagnitudeAwareGuidance,
+    guiders.TangentialClassifierFreeGuidance,
+)
+
+
+def check_guider(pipe: Any) -> None:
+    """Whether leaving out the calls after the first is what drops guidance, where a guider says what is called.
+
+    Raises:
+        ConfigError: The guider's predictions are not those of two branches.
+    """
+    for name, guider in getattr(pipe, "components", {}).items():
+        if isinstance(guider, guiders.BaseGuidance) and not isinstance(guider, TWO_PREDICTIONS):
+            raise ConfigError(
+                f"`pipe.{name}` must be a guider of two branches beside T-GATE, such as ClassifierFreeGuidance, got a "
+                f"{type(guider).__name__}. Pass another one, or run without T-GATE."
             )
 
 
@@ -211,14 +75,17 @@ def _class_names(pipe: Any) -> list[str]:
     return [cls.__name__ for cls in type(pipe).__mro__]
 
 
+DENOISERS = ("unet", "transformer", "transformer_2")
+STAGES = ("prior", "decoder", "image_unet")  # of larger systems, in pipelines that have none of these
+
+
 def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
     """The models that the pipeline's loop evaluates one after the other: one, or two where the noise decides.
 
     Raises:
         UnsupportedPipelineError: `pipe` has neither a `unet` nor a `transformer`.
     """
-    components = (getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2"))
-    denoisers = [component for component in components if isinstance(component, torch.nn.Module)]
+    denoisers = _networks(pipe, DENOISERS) or _networks(pipe, STAGES)
     if not denoisers:
         raise UnsupportedPipelineError(
             f"`pipe` must be a diffusers pipeline with a `unet` or a `transformer`, got {type(pipe).__name__}. "
@@ -227,13 +94,18 @@ def denoisers_of(pipe: Any) -> list[torch.nn.Module]:
     return denoisers
 
 
+def _networks(pipe: Any, names: Iterable[str]) -> list[torch.nn.Module]:
+    components = (getattr(pipe, name, None) for name in names)
+    return [component for component in components if isinstance(component, torch.nn.Module)]
+
+
 def side_networks_of(pipe: Any) -> Iterator[torch.nn.Module]:
     """The networks with cross-attention that the loop evaluates beside the denoiser: ControlNets."""
     controlnet = getattr(pipe, "controlnet", None)
     if not isinstance(controlnet, torch.nn.Module) or type(controlnet).__name__ == "ControlNetXSAdapter":
         return  # the adapter's layers are the denoiser's
     for network in getattr(controlnet, "nets", [controlnet]):
-        if cross_attention_layers(network):
+        if cross_attention_layers(network) or family_of(pipe).guidance.has_halves:
             yield network
 
 
@@ -250,8 +122,12 @@ def step_clock(pipe: Any) -> StepClock:
     asked = getattr(scheduler, "num_inference_steps", None) or num_timesteps
     # What diffusers' loops go through: a part in img2img, inpainting, or up to `denoising_end`.
     loop = local_of(pipe, "timesteps")
+    if isinstance(loop, torch.Tensor) and loop.stride() == (0,):
+        loop = None  # DiT's is the timestep of the step, for each row
     begins_at = getattr(scheduler, "begin_index", None) or 0
     num_evaluations = len(loop) if isinstance(loop, Sized) else num_timesteps - begins_at
+    if isinstance(scheduler, DDPMWuerstchenScheduler) and num_evaluations == num_timesteps:
+        num_evaluations -= 1  # its last timestep is where the loop ends
     warms_up = isinstance(scheduler, PNDMScheduler)  # Sana-Sprint's scheduler has one too many, which is not run
     return StepClock(num_evaluations, order, max(0, num_timesteps - asked * order) if warms_up else 0)
 
@@ -262,11 +138,19 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
         return False  # perturbed-attention guidance adds a part
     if guidance in (Guidance.CALLS, Guidance.NONE):
         return False
+    if "apply_cfg" in _variables_of(type(pipe).__call__):
+        return cast(bool, local_of(pipe, "apply_cfg"))  # it does guidance in some steps
     name = "do_classifier_free_guidance"  # a property, or in older pipelines a variable of `__call__`
     does = getattr(pipe, name, None)
     if does is None:
         does = local_of(pipe, name)
     return None if does is None else bool(does)
+
+
+@functools.cache
+def _variables_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's variables."""
+    return tuple(inspect.unwrap(function).__code__.co_varnames)
 
 
 CACHE_DIT = "cache-dit"

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tgate_processors._folding import Inputs, map_tensors, sample_of, tensors_in
-from tgate_processors._modes import StepMode
+from tgate_processors._folding import Inputs, batch_of, map_tensors, tensors_in
+from tgate_processors._modes import HALVING, StepMode
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,17 @@ class Record:
         """Which of `inputs` each call was given that was answered, in no order."""
         return [evaluation.given for evaluation in self.evaluations] + self.left_out
 
+    @property
+    def dropped_guidance(self) -> bool:
+        """Whether anything of guidance was left out, or was about to be."""
+        return bool(self.left_out) or any(
+            evaluation.mode.cross_attention in HALVING or evaluation.batch < self.batch_of(evaluation.given)
+            for evaluation in self.evaluations
+        )
+
     def batch_of(self, given: int) -> int:
         """The batch of one of `inputs`."""
-        return sample_of(self.inputs[given]).shape[0]
+        return batch_of(self.inputs[given])
 
     def note_given(self, inputs: Inputs) -> int:
         """Note a call; gives which of `inputs` it was given."""

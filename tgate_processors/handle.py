@@ -10,12 +10,12 @@ import torch
 from tgate_processors import _pipelines as pipelines
 from tgate_processors._callers import NotTheLoop
 from tgate_processors._deepcache import is_enabled
+from tgate_processors._families import Guidance
 from tgate_processors._installation import is_gated
 from tgate_processors._interception import interceptor_of
-from tgate_processors._layers import check_can_be_gated
+from tgate_processors._layers import check_has_cross_attention, check_merges_no_cross_attention, cross_attention_layers
 from tgate_processors._loop import Loop
 from tgate_processors._network import GatedNetwork
-from tgate_processors._pipelines import Guidance
 from tgate_processors.errors import ConfigError, StateError
 from tgate_processors.run import Run
 from tgate_processors.schedule import TGateConfig
@@ -35,7 +35,8 @@ def apply_tgate(
         tgate.remove()
 
     Args:
-        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers. Its ControlNets are gated with it.
+        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers, or that does guidance, which is
+            then all that is left out. Its ControlNets are gated with it.
         config: When the gate closes, and what is reused.
         callback_on_step_end: A callback of your own, called after every step beside the handle's work.
         deepcache: The `DeepCacheSDHelper` that is enabled on the pipeline, where there is one.
@@ -64,7 +65,7 @@ def _warn_of_sampler(pipe: Any, config: TGateConfig) -> None:
     """A setting that was measured to cost more under the pipeline's sampler than under others says so."""
     scheduler = getattr(pipe, "scheduler", None)
     name = type(scheduler).__name__
-    drops_half = pipelines.family_of(pipe).guidance in (Guidance.HALVES, Guidance.HALVES_POSITIVE_FIRST)
+    drops_half = pipelines.family_of(pipe).guidance.has_halves
     is_sde = "sde" in str(getattr(getattr(scheduler, "config", None), "algorithm_type", ""))
     if drops_half and is_sde and config.look_interval is None:
         warnings.warn(
@@ -87,10 +88,14 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
     if not isinstance(config, TGateConfig):
         raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
     pipelines.check_is_not_refused(pipe)
+    pipelines.check_guider(pipe)
     guidance = pipelines.family_of(pipe).guidance
+    denoisers = pipelines.denoisers_of(pipe)
+    if not any(map(cross_attention_layers, denoisers)):
+        _check_can_drop_guidance_alone(pipe, config, guidance)
     _check_has_guidance(pipe, config, guidance)
-    for denoiser in pipelines.denoisers_of(pipe):
-        check_can_be_gated(denoiser)
+    for denoiser in denoisers:
+        check_merges_no_cross_attention(denoiser)
         _check_is_free(denoiser, pipe)
         if deepcache is None and is_enabled(denoiser):
             raise StateError(
@@ -100,12 +105,41 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
         pipelines.check_has_no_cache(denoiser, guidance)
 
 
+def _check_can_drop_guidance_alone(pipe: Any, config: TGateConfig, guidance: Guidance) -> None:
+    """Where no denoiser has cross-attention of its own."""
+    denoiser = pipelines.denoisers_of(pipe)[0]
+    if not (pipelines.is_known(pipe) and guidance.can_be_dropped):
+        check_has_cross_attention(denoiser)
+    name = type(denoiser).__name__
+    if config.gate_step == "auto":
+        raise ConfigError(
+            f'`gate_step` must be a count or a fraction for {name}, got "auto": it has no cross-attention of its own '
+            "that a run could watch. Pass for example `gate_step=0.4`."
+        )
+    for argument in ("sp_interval", "fi_interval"):
+        if getattr(config, argument) != 1:
+            raise ConfigError(
+                f"`{argument}` must be 1 for {name}, got {getattr(config, argument)}: its self-attention holds the "
+                "text, so that guidance alone is left out. Leave it out."
+            )
+    if config.branch == "negative":
+        raise ConfigError(
+            f'`branch` must be "positive" or None for {name}, got "negative": it has no cross-attention of its own '
+            "that would hold the prompt after the gate. Leave it out."
+        )
+
+
 def _check_has_guidance(pipe: Any, config: TGateConfig, guidance: Guidance) -> None:
     name = type(pipe).__name__
     if config.look_interval is not None and guidance is Guidance.NONE:
         raise ConfigError(
             f"`look_interval` must be None for {name}, which does no guidance that could be kept between looks, got "
             f"{config.look_interval}. Leave it out."
+        )
+    if config.guidance_start and pipelines.family_of(pipe).begins_guided:
+        raise ConfigError(
+            f"`guidance_start` must be 0 for {name}, whose first step keeps keys and values of both branches for the "
+            f"later ones, got {config.guidance_start}. Leave it out."
         )
     if config.guidance_start and guidance in (Guidance.NONE, Guidance.PARTS):
         why = "does no guidance" if guidance is Guidance.NONE else "denoises more than the two branches of guidance"

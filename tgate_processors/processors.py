@@ -10,7 +10,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from tgate_processors._disguise import Disguised, disguised
 from tgate_processors._folding import half_of, mean_of_halves
 from tgate_processors._gated_layers import GatedLayers, LayerState
-from tgate_processors._layers import attention_layers, check_can_be_gated, cross_attention_layers, is_joint
+from tgate_processors._layers import (
+    attention_layers,
+    check_has_cross_attention,
+    check_merges_no_cross_attention,
+    cross_attention_layers,
+    is_joint,
+)
 from tgate_processors._modes import HALVING, AttentionMode
 from tgate_processors.errors import UnsupportedPipelineError
 from tgate_processors.gate import Gate
@@ -180,10 +186,10 @@ def gate_layers(network: torch.nn.Module, layers: GatedLayers, *, self_attention
         self_attention: Whether self-attention is gated too.
 
     Raises:
-        UnsupportedPipelineError: The network has no cross-attention layer of its own, or a processor whose maps
-            are read in every step.
+        UnsupportedPipelineError: The network merges tokens around cross-attention, or has a processor whose maps are
+            read in every step.
     """
-    check_can_be_gated(network)
+    check_merges_no_cross_attention(network)
     cross = cross_attention_layers(network)
     processors: dict[str, Any] = {}
     for name, layer in attention_layers(network).items():
@@ -215,6 +221,7 @@ def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
         UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or a processor whose maps
             are read in every step.
     """
+    check_has_cross_attention(denoiser)
     return gate_layers(denoiser, gate.layers, self_attention=gate.config.reuses_self_attention)
 
 

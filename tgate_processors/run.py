@@ -6,13 +6,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tgate_processors._clock import StepClock
-from tgate_processors._folding import Inputs, sample_of
+from tgate_processors._folding import Inputs, batch_of, rows_of, sample_of
 from tgate_processors._gated_layers import GatedLayers, Taken
 from tgate_processors._guidance import Whole
 from tgate_processors._modes import AttentionMode, Phase, StepMode
 from tgate_processors._record import Evaluation, Record
 from tgate_processors._store import Store, own
 from tgate_processors._watch import Watch, has_converged
+from tgate_processors.errors import StateError
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, Schedule, TGateConfig
 
 
@@ -83,6 +84,11 @@ class Run:
     def cache_bytes(self) -> int:
         """Bytes of attention output kept now."""
         return sum(part.cache_bytes for part in self.parts.values())
+
+    @property
+    def dropped_guidance(self) -> bool:
+        """Whether anything of guidance was left out, or was about to be."""
+        return any(part.record.dropped_guidance for part in self.parts.values())
 
     def schedule(self, guidance: bool = True) -> Schedule:
         """The modes of its steps, for evaluations with guidance or without."""
@@ -159,6 +165,7 @@ class Part:
         strategy: How guidance is done there, made for this run.
         watched: Cross-attention layers whose convergence closes the gate; none where others decide.
         decides: Whether the gate closes when they have converged.
+        is_denoiser: Whether it answers with a row for each that it is given, as a ControlNet of videos does not.
         other_cache: What else keeps something of this network between evaluations.
         processors: The processors of its attention layers in this run, without the gate.
     """
@@ -171,6 +178,7 @@ class Part:
         *,
         watched: tuple[str, ...] = (),
         decides: bool = True,
+        is_denoiser: bool = True,
         other_cache: OtherCache | None = None,
         processors: Mapping[str, Any] | None = None,
     ) -> None:
@@ -185,6 +193,7 @@ class Part:
         self.watch = Watch(run.clock.num_steps)
         self._watched = watched
         self._decides = decides
+        self._is_denoiser = is_denoiser
         self._seen: dict[str, Tensor] = {}  # what the watched layers put out last
         self._other_cache = other_cache
         self._store = Store()
@@ -210,7 +219,7 @@ class Part:
             does_guidance: Says whether the pipeline does guidance now, or None.
         """
         run = self.run
-        call = Call(self.calls, sample_of(inputs).shape[0])
+        call = Call(self.calls, batch_of(inputs))
         call.given = self.record.note_given(inputs)
         self.calls += 1
         self.most_calls = max(self.most_calls, self.calls)
@@ -219,7 +228,9 @@ class Part:
             self.record.left_out.append(call.given)
             return call
         if run.schedule().depends_on_guidance(run.step):
-            call.has_halves = self.strategy.has_halves(inputs, does_guidance(), step=run.step, calls=self.most_calls)
+            call.has_halves = self.strategy.has_halves(
+                inputs, does_guidance(), step=run.step, call=call.number, most_calls=self.most_calls
+            )
         self.plan(call)
         call.inputs = self.strategy.fold(inputs, call.mode.phase) if call.folded else inputs
         if self._other_cache is not None:
@@ -231,7 +242,7 @@ class Part:
         run = self.run
         if call.number == 0:
             # A network that was not evaluated in the step that closes the gate closes in the first that it is.
-            self.closes_late = run.closed and not self._store.has_cross_attention
+            self.closes_late = run.closed and bool(self.layers.cross_attention) and not self._store.has_cross_attention
         schedule = run.schedule(bool(call.has_halves))
         call.mode = schedule[schedule.gate_step - 1 if self.closes_late else run.step]
         if run.step < schedule.guidance_start and self.strategy.leaves_out(1):
@@ -260,14 +271,20 @@ class Part:
             call: From `before`.
             taken: What was taken out of the layers.
             output: What the network put out.
+
+        Raises:
+            StateError: It has not as many rows as the network was given.
         """
+        if self._is_denoiser:
+            _check_rows(call, output)
         self.keep(call, taken)
         shallow = self._other_cache is not None and self._other_cache.was_shallow()
         missed = frozenset(taken.missed)
         self.record.evaluations.append(Evaluation(call.mode, call.batch, shallow, call.given, missed))
         if call.mode.phase.has_one_branch and self.strategy.leaves_out(call.number + 1):
             self._answer = output
-        channels = sample_of(call.inputs).shape[1]
+        sample = sample_of(call.inputs)
+        channels = sample.shape[1] if isinstance(sample, Tensor) and sample.ndim > 1 else None
         return self.guided_output(call, output, channels)
 
     def guided_output(self, call: Call, output: Any, channels: int | None = None) -> Any:
@@ -322,3 +339,13 @@ class Part:
         self.strategy = Whole()
         if self._other_cache is not None:
             self._other_cache.forget()
+
+
+def _check_rows(call: Call, output: Any) -> None:
+    rows = rows_of(output, call.inputs)
+    if rows != call.batch:
+        raise StateError(
+            f"`pipe` must have a denoiser that answers with a row for each that it is given, got {rows} for "
+            f"{call.batch}: something on it keeps what it put out for another batch. Disable that, a cache for "
+            "example, or run without T-GATE."
+        )

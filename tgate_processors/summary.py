@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from textwrap import shorten
 from typing import Any
 
 from tgate_processors._copying import meta_copy
 from tgate_processors._cost import Cost, NetworkCost
 from tgate_processors._layers import attention_layers
 from tgate_processors._loop import Loop, PipelineRun
-from tgate_processors._modes import HALVING, Phase
+from tgate_processors._modes import Phase
 from tgate_processors._record import Evaluation
 from tgate_processors.run import Part
 from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
@@ -77,8 +78,12 @@ class Summary:
         cost = self.cost
         if not self.stock_macs:
             return ["arithmetic        not counted"]
+        if cost.cross_computed + cost.cross_reused:
+            cross_attention = f"{cost.cross_computed} calls computed, {cost.cross_reused} reused"
+        else:
+            cross_attention = "none of its own: guidance alone is left out"
         return [
-            f"cross-attention   {cost.cross_computed} calls computed, {cost.cross_reused} reused",
+            f"cross-attention   {cross_attention}",
             f"self-attention    {cost.self_computed} calls computed, {cost.self_reused} reused",
             f"arithmetic        {cost.macs / 1e9:.3f} of {self.stock_macs / 1e9:.3f} GMACs, "
             f"{self.macs_saved:.1%} saved",
@@ -120,13 +125,14 @@ def summarize(loop: Loop) -> Summary:
                 cost += counter.of(part.record.evaluations)
                 stock_macs += counter.stock(part.record.given).macs
     except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
-        notes.append(f"the arithmetic could not be counted: {type(error).__name__}: {error}".splitlines()[0])
+        why = shorten(f"{type(error).__name__}: {error}", width=100, placeholder=" ...")
+        notes.append(f"the arithmetic could not be counted: {why}")
         cost, stock_macs = Cost(), 0
     begun = any(part.calls for part in run.parts.values())
     if run.position + begun < run.clock.num_evaluations:  # it is going on, or failed or was cancelled
         notes.append(f"{run.step} of {run.clock.num_steps} steps are done")
     return Summary(
-        schedule=Schedule(run.config, run.clock.num_steps, guidance=_dropped_guidance(run), closes_at=run.closes_at),
+        schedule=Schedule(run.config, run.clock.num_steps, guidance=run.dropped_guidance, closes_at=run.closes_at),
         evaluations=sum((_evaluations(run, network) for network in loop.denoisers), ()),
         side_evaluations=tuple(_evaluations(run, network) for network in loop.side_networks),
         cost=cost,
@@ -140,16 +146,6 @@ def summarize(loop: Loop) -> Summary:
 def _evaluations(run: PipelineRun, network: Any) -> tuple[Evaluation, ...]:
     part = run.parts.get(network.layers)
     return () if part is None else tuple(part.record.evaluations)
-
-
-def _dropped_guidance(run: PipelineRun) -> bool:
-    """Whether anything of guidance was left out, or was about to be."""
-    records = [part.record for part in run.parts.values()]
-    return any(record.left_out for record in records) or any(
-        evaluation.mode.cross_attention in HALVING or evaluation.batch < record.batch_of(evaluation.given)
-        for record in records
-        for evaluation in record.evaluations
-    )
 
 
 def _counter(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tgate_processors._folding import double, sample_of, take_half
+from tgate_processors._folding import batch_of, double, take_half
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors._pipelines import denoisers_of
 from tgate_processors.errors import ConfigError
@@ -108,7 +108,7 @@ def surgical_limit(rig: Rig, compiles: bool) -> Run:
             return planning(*args, **kwargs)
         if not rig.known.guidance:
             return fidelity(*args, **kwargs)
-        args, kwargs = take_half((args, kwargs), sample_of((args, kwargs)).shape[0], first=True)
+        args, kwargs = take_half((args, kwargs), batch_of((args, kwargs)), first=True)
         return double(fidelity(*args, **kwargs))
 
     pipe = rig.pipeline()

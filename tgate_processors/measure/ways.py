@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from tgate_processors import _deepcache as deepcache
-from tgate_processors._folding import double, sample_of, take_half
+from tgate_processors._folding import batch_of, double, take_half
 from tgate_processors._interception import intercept, release
 from tgate_processors._pipelines import denoisers_of, takes_callback
 from tgate_processors.errors import ConfigError, MissingPackageError
@@ -72,7 +72,7 @@ class _DropsGuidance:
         self.evaluations += 1
         if position // self.scheduler.order < self.gate_step:
             return forward(*args, **kwargs)
-        args, kwargs = _take_half((args, kwargs), sample_of((args, kwargs)).shape[0], first=self.first)
+        args, kwargs = _take_half((args, kwargs), batch_of((args, kwargs)), first=self.first)
         return _double(forward(*args, **kwargs))
 
 

@@ -1,0 +1,333 @@
+"""What is known of each pipeline class and cannot be asked of its instances. Facts are of diffusers 0.42."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
+
+from tgate_processors.schedule import Branch
+
+
+Known = TypeVar("Known")
+
+
+class Guidance(Enum):
+    """How a pipeline evaluates the branches of its guidance."""
+
+    HALVES = "one batch `[negative, positive]`: one half is dropped"
+    HALVES_POSITIVE_FIRST = "one batch `[positive, negative]`: one half is dropped"
+    HALVES_THEN_CALLS = "one batch `[negative, positive]`, then calls of one branch: a half of the batch is dropped"
+    LISTS = "one list of pictures, the positive ones first: the negative ones are dropped"
+    CALLS = "a call for each branch: the calls after the first are left out"
+    PARTS = "one batch of three parts or more: kept, cross-attention alone is reused"
+    NONE = "there is none: cross-attention alone is reused"
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether both branches are in one batch, of which a half is dropped."""
+        return self in (
+            Guidance.HALVES,
+            Guidance.HALVES_POSITIVE_FIRST,
+            Guidance.HALVES_THEN_CALLS,
+            Guidance.LISTS,
+        )
+
+    @property
+    def can_be_dropped(self) -> bool:
+        """Whether a branch of it can be left out."""
+        return self.has_halves or self is Guidance.CALLS
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a pipeline class and cannot be asked of its instances.
+
+    Args:
+        guidance: How its branches are evaluated.
+        branch: The branch that is denoised after the gate unless the configuration names one.
+        begins_guided: Whether later steps read what both branches kept in the first.
+    """
+
+    guidance: Guidance = Guidance.HALVES
+    branch: Branch = "negative"
+    begins_guided: bool = False
+
+
+def _named(known: Known, names: str) -> dict[str, Known]:
+    return dict.fromkeys(names.split(), known)
+
+
+# Each of these is run by the tests. A pipeline that derives from one of them is taken to be like it.
+FAMILIES = {
+    # Cross-attention is reused, and guidance is dropped.
+    **_named(
+        Family(),
+        """
+        AllegroPipeline AltDiffusionImg2ImgPipeline AltDiffusionPipeline AmusedImg2ImgPipeline AmusedInpaintPipeline
+        AmusedPipeline AnimateDiffControlNetPipeline AnimateDiffPipeline AnimateDiffSDXLPipeline
+        AnimateDiffSparseControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline AnimateDiffVideoToVideoPipeline
+        AudioLDM2Pipeline BlipDiffusionControlNetPipeline BlipDiffusionPipeline DreamLitePipeline
+        HunyuanDiTControlNetPipeline HunyuanDiTPipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline
+        KolorsImg2ImgPipeline KolorsPipeline LDMTextToImagePipeline LTXConditionPipeline LTXImageToVideoPipeline
+        LTXPipeline LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline LattePipeline PIAPipeline
+        PaintByExamplePipeline PixArtAlphaPipeline PixArtSigmaPipeline SanaControlNetPipeline SanaImageToVideoPipeline
+        SanaPipeline SanaVideoPipeline StableAudioPipeline StableDiffusionAdapterPipeline
+        StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
+        StableDiffusionControlNetPipeline StableDiffusionControlNetXSPipeline StableDiffusionDepth2ImgPipeline
+        StableDiffusionDiffEditPipeline StableDiffusionGLIGENPipeline StableDiffusionImageVariationPipeline
+        StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline StableDiffusionInpaintPipelineLegacy
+        StableDiffusionLDM3DPipeline StableDiffusionLatentUpscalePipeline StableDiffusionModelEditingPipeline
+        StableDiffusionPipeline StableDiffusionUpscalePipeline StableDiffusionXLAdapterPipeline
+        StableDiffusionXLControlNetImg2ImgPipeline StableDiffusionXLControlNetInpaintPipeline
+        StableDiffusionXLControlNetPipeline StableDiffusionXLControlNetUnionImg2ImgPipeline
+        StableDiffusionXLControlNetUnionInpaintPipeline StableDiffusionXLControlNetUnionPipeline
+        StableDiffusionXLControlNetXSPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
+        StableDiffusionXLPipeline TextToVideoSDPipeline VQDiffusionPipeline VersatileDiffusionImageVariationPipeline
+        VersatileDiffusionTextToImagePipeline VideoToVideoSDPipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.HALVES_POSITIVE_FIRST),
+        """
+        AceStepPipeline LuminaPipeline OmniGenPipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.CALLS),
+        """
+        ChronoEditPipeline Cosmos2TextToImagePipeline Cosmos2VideoToWorldPipeline Cosmos2_5_PredictBasePipeline
+        Cosmos2_5_TransferPipeline CosmosTextToWorldPipeline CosmosVideoToWorldPipeline HeliosPipeline
+        Kandinsky5I2IPipeline Kandinsky5I2VPipeline Kandinsky5T2IPipeline Kandinsky5T2VPipeline LucyEditPipeline
+        SkyReelsV2ImageToVideoPipeline SkyReelsV2Pipeline WanAnimatePipeline WanImageToVideoPipeline WanPipeline
+        WanVACEPipeline WanVideoToVideoPipeline
+        """,
+    ),
+    # The original goes on with what it calls negative embeddings of Stable Video Diffusion, which are the image's: the
+    # second half. In the others the image enters beside cross-attention too, with zeros in the negative half.
+    **_named(
+        Family(branch="positive"),
+        """
+        I2VGenXLPipeline StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline StableVideoDiffusionPipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.PARTS),
+        """
+        AnimateDiffPAGPipeline CycleDiffusionPipeline HunyuanDiTPAGPipeline KolorsPAGPipeline
+        LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL PixArtSigmaPAGPipeline SanaPAGPipeline
+        SemanticStableDiffusionPipeline StableDiffusionControlNetPAGInpaintPipeline
+        StableDiffusionControlNetPAGPipeline StableDiffusionInstructPix2PixPipeline StableDiffusionPAGImg2ImgPipeline
+        StableDiffusionPAGInpaintPipeline StableDiffusionPAGPipeline StableDiffusionPipelineSafe
+        StableDiffusionXLControlNetPAGImg2ImgPipeline StableDiffusionXLControlNetPAGPipeline
+        StableDiffusionXLInstructPix2PixPipeline StableDiffusionXLPAGImg2ImgPipeline
+        StableDiffusionXLPAGInpaintPipeline StableDiffusionXLPAGPipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.NONE),
+        """
+        MarigoldDepthPipeline MarigoldIntrinsicsPipeline MarigoldNormalsPipeline SanaSprintImg2ImgPipeline
+        SanaSprintPipeline
+        """,
+    ),
+    # The text joins self-attention, so that guidance alone is dropped.
+    **_named(Family(Guidance.CALLS, begins_guided=True), "QwenImage21Pipeline"),
+    **_named(
+        Family(),
+        """
+        AnyFlowPipeline AuraFlowPipeline BriaFiboEditPipeline BriaFiboPipeline BriaPipeline CogVideoXFunControlPipeline
+        CogVideoXImageToVideoPipeline CogVideoXPipeline CogVideoXVideoToVideoPipeline CogView3PlusPipeline
+        ConsisIDPipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline EasyAnimatePipeline ErnieImagePipeline
+        HiDreamImagePipeline IFImg2ImgPipeline IFImg2ImgSuperResolutionPipeline IFInpaintingPipeline
+        IFInpaintingSuperResolutionPipeline IFPipeline IFSuperResolutionPipeline JoyImageEditPlusPipeline
+        KandinskyImg2ImgPipeline KandinskyInpaintPipeline KandinskyPipeline KandinskyPriorPipeline
+        KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline KandinskyV22Img2ImgPipeline
+        KandinskyV22InpaintPipeline KandinskyV22Pipeline KandinskyV22PriorEmb2EmbPipeline KandinskyV22PriorPipeline
+        MochiPipeline PRXPipeline PRXPixelPipeline SanaWMPipeline ShapEImg2ImgPipeline ShapEPipeline
+        StableAudio3Pipeline StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
+        StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.HALVES_POSITIVE_FIRST),
+        """
+        DiTPipeline StableCascadeDecoderPipeline StableCascadePriorPipeline WuerstchenDecoderPipeline
+        WuerstchenPriorPipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.HALVES_THEN_CALLS),
+        """
+        LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline LTX2Pipeline
+        StableDiffusion3Pipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.CALLS),
+        """
+        BriaFibo2Pipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChromaPipeline CogView4ControlPipeline
+        CogView4Pipeline Cosmos3OmniPipeline Flux2KleinInpaintPipeline Flux2KleinPipeline FluxControlNetPipeline
+        FluxImg2ImgPipeline FluxInpaintPipeline FluxKontextInpaintPipeline FluxKontextPipeline FluxPipeline
+        GlmImagePipeline HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanSkyreelsImageToVideoPipeline
+        HunyuanVideo15ImageToVideoPipeline HunyuanVideo15Pipeline HunyuanVideoFramepackPipeline
+        HunyuanVideoImageToVideoPipeline HunyuanVideoPipeline JoyImageEditPipeline Kandinsky6TI2VAPipeline
+        Krea2Pipeline LongCatAudioDiTPipeline LongCatImageEditPipeline LongCatImagePipeline Lumina2Pipeline
+        MotifVideoImage2VideoPipeline MotifVideoPipeline NucleusMoEImagePipeline OvisImagePipeline 
+        QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline QwenImageEditInpaintPipeline
+        QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline
+        QwenImageLayeredPipeline QwenImagePipeline
+        """,
+    ),
+    **_named(
+        Family(Guidance.LISTS),
+        """
+        ZImageControlNetInpaintPipeline ZImageControlNetPipeline ZImageImg2ImgPipeline ZImageInpaintPipeline
+        ZImageOmniPipeline ZImagePipeline
+        """,
+    ),
+}
+
+
+# Pipelines with nothing to leave out from a step on, and why.
+REFUSED = {
+    **_named(
+        "it differentiates its cross-attention maps in every step",
+        """
+        StableDiffusionAttendAndExcitePipeline StableDiffusionPix2PixZeroPipeline
+        """,
+    ),
+    **_named(
+        "it evaluates the denoiser for each view of a step, one after the other",
+        """
+        StableDiffusionPanoramaPipeline
+        """,
+    ),
+    **_named(
+        "it denoises many steps in one batch",
+        """
+        StableDiffusionParadigmsPipeline
+        """,
+    ),
+    **_named(
+        "it evaluates the denoiser again on a blurred picture in every step",
+        """
+        StableDiffusionSAGPipeline
+        """,
+    ),
+    **_named(
+        "its frames are at different steps of denoising",
+        """
+        SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingPipeline
+        SkyReelsV2DiffusionForcingVideoToVideoPipeline
+        """,
+    ),
+    **_named(
+        "it runs parts of the loop several times, with different numbers of frames",
+        """
+        TextToVideoZeroPipeline TextToVideoZeroSDXLPipeline
+        """,
+    ),
+    **_named(
+        "it does no guidance in its loop, and its text joins self-attention, so that there is nothing to leave out",
+        """
+        Flux2KleinKVPipeline Flux2Pipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline
+        FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlPipeline FluxFillPipeline
+        Kandinsky6SRPipeline LTX2DFRPipeline LTX2DFRTemporalRefinePipeline StableAudio3AudioToAudioPipeline
+        StableAudio3InpaintPipeline VisualClozeGenerationPipeline VisualClozePipeline
+        """,
+    ),
+    **_named(
+        "its guidance is of three parts, and its text joins self-attention",
+        """
+        StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline
+        """,
+    ),
+    **_named(
+        "it does no guidance, and has no cross-attention to a prompt",
+        """
+        ConsistencyModelPipeline DDIMPipeline DDPMPipeline DanceDiffusionPipeline DreamLiteMobilePipeline
+        KarrasVePipeline LDMPipeline LDMSuperResolutionPipeline PNDMPipeline RFD4ProteinaPipeline RePaintPipeline
+        ScoreSdeVePipeline
+        """,
+    ),
+    **_named(
+        "its loops are of other pipelines: gate `pipe.prior_pipe` and `pipe.decoder_pipe`, and call these",
+        """
+        KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyInpaintCombinedPipeline
+        KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline KandinskyV22InpaintCombinedPipeline
+        StableCascadeCombinedPipeline WuerstchenCombinedPipeline
+        """,
+    ),
+    **_named(
+        "it denoises a text, in blocks of as many steps as it takes",
+        """
+        DiffusionGemmaPipeline LLaDA2Pipeline
+        """,
+    ),
+    **_named(
+        "it has no denoising loop of its own",
+        """
+        FluxPriorReduxPipeline LTX2LatentUpsamplePipeline LTX2VideoDiffusionDecodePipeline LTXLatentUpsamplePipeline
+        VersatileDiffusionPipeline
+        """,
+    ),
+    **_named(
+        "its cross-attention attends to the sound itself, in every step anew",
+        """
+        AudioLDMPipeline MusicLDMPipeline
+        """,
+    ),
+    **_named(
+        "it keeps keys and values of both branches from one chunk of frames to the next",
+        """
+        AnyFlowFARPipeline
+        """,
+    ),
+    **_named(
+        "it denoises in stages, each a loop of its own of few steps",
+        """
+        HeliosPyramidPipeline
+        """,
+    ),
+    **_named(
+        "it refines the video of another pipeline, without guidance",
+        """
+        SanaWMLTX2Refiner
+        """,
+    ),
+    **_named(
+        "its loops have schedulers of their own, and none is `pipe.scheduler`",
+        """
+        UnCLIPImageVariationPipeline UnCLIPPipeline
+        """,
+    ),
+    **_named(
+        "its negative branch is fresh noise in every step",
+        """
+        UniDiffuserPipeline
+        """,
+    ),
+    **_named(
+        "it evaluates the denoiser twice in a step, with its grounding and without",
+        """
+        StableDiffusionGLIGENTextImagePipeline
+        """,
+    ),
+    **_named(
+        "it does not run in diffusers 0.42, whose blocks do not take its arguments",
+        """
+        VersatileDiffusionDualGuidedPipeline
+        """,
+    ),
+    **_named(
+        "it hands its callback other latents than it takes back, so that none can be passed",
+        """
+        LTXI2VLongMultiPromptPipeline
+        """,
+    ),
+    **_named(
+        "its negative branch is a network of its own, with a sequence of another length",
+        """
+        Ideogram4Pipeline
+        """,
+    ),
+}
