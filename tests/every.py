@@ -8,6 +8,7 @@ import zoo_joint
 import zoo_motion
 import zoo_older
 import zoo_qwen
+import zoo_refused
 import zoo_transformers
 import zoo_unets
 import zoo_videos
@@ -23,6 +24,7 @@ ZOOS = (
     zoo_motion,
     zoo_older,
     zoo_qwen,
+    zoo_refused,
     zoo_transformers,
     zoo_unets,
     zoo_videos,
@@ -30,6 +32,7 @@ ZOOS = (
 )
 ONE_PICTURE_ONLY = {name for zoo in ZOOS for name in getattr(zoo, "ONE_PICTURE_ONLY", ())}
 GATED = [name for name in ENTRIES if class_of(name) in FAMILIES]
+NOT_GATED = [name for name in ENTRIES if class_of(name) not in FAMILIES]
 
 # Those that have no cross-attention of their own, as the page says, which a test compares with the pipelines.
 _PAGE = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()

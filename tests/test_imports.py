@@ -32,6 +32,7 @@ ORDER = [
     "_callers",
     "_network",
     "_deepcache",
+    "_caches",
     "_families",
     "_pipelines",
     "_loop",

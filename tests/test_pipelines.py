@@ -10,7 +10,7 @@ import diffusers
 import pipelines_page
 import pytest
 import torch
-from every import ALONE, GATED, ONE_PICTURE_ONLY
+from every import ALONE, GATED, NOT_GATED, ONE_PICTURE_ONLY
 from packaging.version import Version
 from seen import Seen
 from tiny import fingerprint, left_behind
@@ -217,12 +217,38 @@ def test_the_second_of_two_denoisers_closes_in_its_own_first_step():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_loop_that_cannot_be_gated_is_refused(name):
-    """By its class alone: these are not run."""
-    cls = getattr(diffusers, name)
+def test_a_class_with_nothing_to_leave_out_is_refused(name):
+    cls = getattr(diffusers, name, None) or getattr(diffusers.pipelines.sana_wm, name)
     pipe = cls.__new__(cls)
     with pytest.raises(UnsupportedPipelineError, match=f"got {name}: it|got {name}: its"):
         apply_tgate(pipe, TGateConfig(gate_step=GATE))
+
+
+@pytest.mark.parametrize("name", NOT_GATED)
+def test_what_is_refused_runs_as_before(name):
+    pipe = seeded(ENTRIES[name].build)
+    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    before = list(map(fingerprint, networks))
+    with pytest.raises(UnsupportedPipelineError, match=f"got {class_of(name)}: it"):
+        apply_tgate(pipe, TGateConfig(gate_step=GATE))
+    assert [left_behind(*pair) for pair in zip(before, networks, strict=True)] == [{}] * len(networks)
+    assert pipe(**ENTRIES[name].call([0])) is not None
+
+
+# Classes that have no loop to run, or do not run at all.
+NOT_RUN = {
+    "FluxPriorReduxPipeline",
+    "LTX2LatentUpsamplePipeline",
+    "LTX2VideoDiffusionDecodePipeline",
+    "LTXLatentUpsamplePipeline",
+    "SanaWMLTX2Refiner",
+    "VersatileDiffusionDualGuidedPipeline",
+    "VersatileDiffusionPipeline",
+}
+
+
+def test_every_refused_class_is_run():
+    assert {class_of(name) for name in NOT_GATED} == REFUSED.keys() - NOT_RUN
 
 
 @pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="the page is of diffusers 0.42")

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers import DiffusionPipeline, ModularPipeline, ModularPipelineBlocks
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 
@@ -47,8 +47,14 @@ def callers(but: Any = None) -> Iterator[Any]:
 
 
 def local_of(owner: Any, name: str) -> Any:
-    """A local variable of the innermost method of an object that is running in this thread; None where none has it."""
-    return next((frame.f_locals[name] for frame, its in _frames() if its is owner and name in frame.f_locals), None)
+    """A local variable of a pipeline's innermost method that is running in this thread; None where none has it.
+
+    A modular pipeline's methods are those of its blocks.
+    """
+    for frame, its in _frames():
+        if (its is owner or isinstance(its, ModularPipelineBlocks)) and name in frame.f_locals:
+            return frame.f_locals[name]
+    return None
 
 
 def _frames() -> Iterator[tuple[FrameType, Any]]:

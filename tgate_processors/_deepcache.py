@@ -75,11 +75,14 @@ class DeepFeatures:
         self._batch: int | None = None
         self._mode: StepMode | None = None
 
-    def before(self, batch: int, mode: StepMode) -> None:
+    def before(self, batch: int, mode: StepMode, call: int) -> None:
         """Make the next evaluation a full one, where the batch changes and where attention is stored."""
         if batch != self._batch or (mode.cross_attention.stores and mode is not self._mode):
             self.forget()
         self._batch, self._mode = batch, mode
+
+    def left_out(self) -> None:
+        """Nothing: no UNet that it takes has a call for each branch."""
 
     def was_shallow(self) -> bool:
         """Whether the last evaluation skipped the deep layers."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tgate_processors import _pipelines as pipelines
+from tgate_processors._caches import caches_of, check_drops_no_guidance
 from tgate_processors._callers import local_of
 from tgate_processors._deepcache import DeepFeatures
 from tgate_processors._families import Guidance
@@ -23,7 +24,7 @@ from tgate_processors._layers import cross_attention_layers
 from tgate_processors._network import GatedNetwork
 from tgate_processors._watch import watched_layers
 from tgate_processors.errors import StateError, UnsupportedPipelineError
-from tgate_processors.run import Part, Run
+from tgate_processors.run import OtherCache, Part, Run
 from tgate_processors.schedule import TGateConfig
 
 
@@ -279,7 +280,7 @@ class Loop:
                 f"{type(module).__name__}. Call `remove()` on the handle, then `apply_tgate` again."
             )
         for network in self.denoisers:
-            pipelines.check_has_no_cache(network.module, self._family.guidance)
+            check_drops_no_guidance(network.module)
         if first is None and not self._takes_callback and not pipelines.is_known(self.pipe):
             raise UnsupportedPipelineError(
                 f"`pipe` must say which step it is in, got a {name}, which calls no `callback_on_step_end` and "
@@ -304,6 +305,12 @@ class Loop:
         part = run.parts.get(network.layers)
         if part is None:
             is_denoiser = network in self.denoisers
+            other_cache: OtherCache | None
+            if self.deepcache is not None and is_denoiser:
+                other_cache = DeepFeatures(self.deepcache)
+            else:
+                has_cross_attention = bool(network.layers.cross_attention)
+                other_cache = caches_of(network.module, has_cross_attention=has_cross_attention)
             part = run.parts[network.layers] = Part(
                 run,
                 network.layers,
@@ -311,7 +318,7 @@ class Loop:
                 watched=self._watched(network) if is_denoiser else (),
                 decides=not self._watches_all,
                 is_denoiser=is_denoiser,
-                other_cache=None if self.deepcache is None or not is_denoiser else DeepFeatures(self.deepcache),
+                other_cache=other_cache,
                 processors=network.processors,
             )
         return part

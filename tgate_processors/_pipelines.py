@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, cast
 
 import torch
-from diffusers import DDPMWuerstchenScheduler, PNDMScheduler, guiders
+from diffusers import DDPMWuerstchenScheduler, ModularPipeline, PNDMScheduler, guiders
 
 from tgate_processors._callers import local_of
 from tgate_processors._clock import StepClock
 from tgate_processors._families import FAMILIES, REFUSED, Family, Guidance
 from tgate_processors._layers import cross_attention_layers
-from tgate_processors.errors import ConfigError, StateError, UnsupportedPipelineError
+from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 
 
 def check_is_not_refused(pipe: Any) -> None:
@@ -37,6 +37,7 @@ TWO_PREDICTIONS = (
     guiders.ClassifierFreeGuidance,
     guiders.ClassifierFreeZeroStarGuidance,
     guiders.FrequencyDecoupledGuidance,
+    guiders.LTX2Guidance,
     guiders.MagnitudeAwareGuidance,
     guiders.TangentialClassifierFreeGuidance,
 )
@@ -48,27 +49,39 @@ def check_guider(pipe: Any) -> None:
     Raises:
         ConfigError: The guider's predictions are not those of two branches.
     """
-    for name, guider in getattr(pipe, "components", {}).items():
-        if isinstance(guider, guiders.BaseGuidance) and not isinstance(guider, TWO_PREDICTIONS):
+    for name, guider in _guiders_of(pipe):
+        if not isinstance(guider, TWO_PREDICTIONS):
             raise ConfigError(
                 f"`pipe.{name}` must be a guider of two branches beside T-GATE, such as ClassifierFreeGuidance, got a "
                 f"{type(guider).__name__}. Pass another one, or run without T-GATE."
             )
 
 
+def _guiders_of(pipe: Any) -> Iterator[tuple[str, Any]]:
+    for name, component in getattr(pipe, "components", {}).items():
+        if isinstance(component, guiders.BaseGuidance):
+            yield name, component
+
+
 def family_of(pipe: Any) -> Family:
-    """What is known of the pipeline's class, or of the nearest class that it inherits from."""
-    return next((FAMILIES[name] for name in _class_names(pipe) if name in FAMILIES), Family())
+    """What is known of the pipeline's class, or of the nearest class that it inherits from.
+
+    A modular pipeline calls its denoiser as its guider asks for, the positive branch first.
+    """
+    otherwise = Family()
+    if isinstance(pipe, ModularPipeline):
+        otherwise = Family(Guidance.CALLS if any(_guiders_of(pipe)) else Guidance.NONE)
+    return next((FAMILIES[name] for name in _class_names(pipe) if name in FAMILIES), otherwise)
 
 
 def is_known(pipe: Any) -> bool:
-    """Whether the pipeline's class, or one that it inherits from, is in `FAMILIES`."""
-    return any(name in FAMILIES for name in _class_names(pipe))
+    """Whether the pipeline's class, or one that it inherits from, is in `FAMILIES`, or its guider says all."""
+    return isinstance(pipe, ModularPipeline) or any(name in FAMILIES for name in _class_names(pipe))
 
 
 def is_listed(pipe: Any) -> bool:
     """Whether the pipeline is of a class in `FAMILIES`, and not one derived from it, whose loop may be another."""
-    return type(pipe).__name__ in FAMILIES
+    return isinstance(pipe, ModularPipeline) or type(pipe).__name__ in FAMILIES
 
 
 def _class_names(pipe: Any) -> list[str]:
@@ -151,34 +164,3 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
 def _variables_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a function's variables."""
     return tuple(inspect.unwrap(function).__code__.co_varnames)
-
-
-CACHE_DIT = "cache-dit"
-
-
-def check_has_no_cache(denoiser: torch.nn.Module, guidance: Guidance) -> None:
-    """Whether nothing else is kept of the denoiser that would not fit what is left of its calls.
-
-    Raises:
-        StateError: One of diffusers' caches is enabled on a denoiser whose batch is halved, or cache-dit (1.5) on one
-            whose batch is halved or whose calls are left out.
-    """
-    name = _cache_on(denoiser)
-    if name is None or guidance in (Guidance.PARTS, Guidance.NONE):
-        return
-    if guidance is not Guidance.CALLS:
-        why = f"which halves the batch at the gate: what {name} keeps fits the whole batch"
-    elif name == CACHE_DIT:
-        why = f"which leaves out calls after the gate: {name} counts them to tell the branches apart"
-    else:
-        return  # diffusers tells the branches apart by name
-    raise StateError(
-        f"`pipe` must not have {name} enabled on its {type(denoiser).__name__} beside T-GATE, {why}. "
-        "Disable one of the two."
-    )
-
-
-def _cache_on(denoiser: Any) -> str | None:
-    if getattr(denoiser, "is_cache_enabled", False):
-        return type(denoiser._cache_config).__name__.removesuffix("Config")
-    return CACHE_DIT if getattr(denoiser, "_is_cached", False) else None

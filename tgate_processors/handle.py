@@ -6,8 +6,10 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import ModularPipeline
 
 from tgate_processors import _pipelines as pipelines
+from tgate_processors._caches import check_drops_no_guidance
 from tgate_processors._callers import NotTheLoop
 from tgate_processors._deepcache import is_enabled
 from tgate_processors._families import Guidance
@@ -16,7 +18,7 @@ from tgate_processors._interception import interceptor_of
 from tgate_processors._layers import check_has_cross_attention, check_merges_no_cross_attention, cross_attention_layers
 from tgate_processors._loop import Loop
 from tgate_processors._network import GatedNetwork
-from tgate_processors.errors import ConfigError, StateError
+from tgate_processors.errors import ConfigError, StateError, UnsupportedPipelineError
 from tgate_processors.run import Run
 from tgate_processors.schedule import TGateConfig
 from tgate_processors.summary import Summary, summarize
@@ -102,12 +104,17 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
                 "`deepcache` must be the helper that is enabled on the pipeline, got None. "
                 "Pass `apply_tgate(pipe, config, deepcache=helper)`, or call `helper.disable()` first."
             )
-        pipelines.check_has_no_cache(denoiser, guidance)
+        check_drops_no_guidance(denoiser)
 
 
 def _check_can_drop_guidance_alone(pipe: Any, config: TGateConfig, guidance: Guidance) -> None:
     """Where no denoiser has cross-attention of its own."""
     denoiser = pipelines.denoisers_of(pipe)[0]
+    if isinstance(pipe, ModularPipeline) and guidance is Guidance.NONE:
+        raise UnsupportedPipelineError(
+            f"`pipe` must have a guider, or a denoiser with cross-attention, got a {type(pipe).__name__} without "
+            "either: there is nothing to leave out. Run it without T-GATE."
+        )
     if not (pipelines.is_known(pipe) and guidance.can_be_dropped):
         check_has_cross_attention(denoiser)
     name = type(denoiser).__name__

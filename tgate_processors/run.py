@@ -20,8 +20,11 @@ from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, Schedule, TGateConfi
 class OtherCache(Protocol):
     """Another method that keeps something of a network from one evaluation to the next, and must know of the gate."""
 
-    def before(self, batch: int, mode: StepMode) -> None:
-        """Forget what does not fit an evaluation of this batch in this mode."""
+    def before(self, batch: int, mode: StepMode, call: int) -> None:
+        """Forget what does not fit an evaluation of this batch in this mode, call number `call` for its timestep."""
+
+    def left_out(self) -> None:
+        """Take note that a call was left out."""
 
     def was_shallow(self) -> bool:
         """Whether the last evaluation left layers out."""
@@ -226,6 +229,8 @@ class Part:
         if call.number and self._answer is not None and self.strategy.leaves_out(call.number):
             call.answer = self.strategy.answer(call.number, self._answer, run.step)
             self.record.left_out.append(call.given)
+            if self._other_cache is not None:
+                self._other_cache.left_out()
             return call
         if run.schedule().depends_on_guidance(run.step):
             call.has_halves = self.strategy.has_halves(
@@ -234,7 +239,7 @@ class Part:
         self.plan(call)
         call.inputs = self.strategy.fold(inputs, call.mode.phase) if call.folded else inputs
         if self._other_cache is not None:
-            self._other_cache.before(call.batch, call.mode)
+            self._other_cache.before(call.batch, call.mode, call.number)
         return call
 
     def plan(self, call: Call) -> None:
