@@ -1275,57 +1275,6 @@ def test_a_loop_whose_step_nobody_can_tell_is_refused():
     pipe(kwargs["latents"], kwargs["prompt_embeds"])
 
 
-# Caches of others
-
-
-def test_a_cache_of_diffusers_beside_halves_is_refused_by_name():
-    name = "LTXPipeline"
-    pipe = build(name)
-    cache = diffusers.FasterCacheConfig(
-        spatial_attention_timestep_skip_range=(-1, 1000), current_timestep_callback=lambda: 500
-    )
-    message = "must not have FasterCache enabled on its LTXVideoTransformer3DModel beside T-GATE, which halves"
-    tgate = apply_tgate(pipe, CONFIG)
-    pipe.transformer.enable_cache(cache)
-    with pytest.raises(StateError, match=message):
-        pipe(**call(name), callback_on_step_end=tgate)
-    tgate.remove()
-    with pytest.raises(StateError, match=message):
-        apply_tgate(pipe, CONFIG)
-    pipe.transformer.disable_cache()
-    assert torch.equal(gated(pipe, call(name))[0], fresh(name))
-
-
-@pytest.mark.parametrize(("name", "why"), [(PIXART, "halves the batch"), (WAN, "leaves out calls")])
-def test_cache_dit_is_refused(name, why):
-    """By its mark on a transformer; where calls are left out, it would take one branch for the other."""
-    pipe = build(name)
-    tgate = apply_tgate(pipe, CONFIG)
-    pipe.transformer._is_cached = True
-    message = f"must not have cache-dit enabled on its {type(pipe.transformer).__name__} beside T-GATE, which {why}"
-    with pytest.raises(StateError, match=message):
-        pipe(**call(name))
-    del pipe.transformer._is_cached
-    tgate.remove()
-    assert torch.equal(gated(pipe, call(name))[0], fresh(name))
-
-
-def test_a_cache_of_diffusers_beside_calls_for_each_branch():
-    """It tells the branches apart by name, so that a call that is left out is none of its business."""
-
-    def run(gate_step):
-        pipe = build(WAN)
-        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.05))
-        if gate_step is None:
-            return pipe(**call(WAN))[0]
-        latents, tgate = gated(pipe, call(WAN), TGateConfig(gate_step=gate_step))
-        assert tgate.summary().batches == (1,) * (STEPS + gate_step)
-        return latents
-
-    assert torch.equal(run(STEPS), run(None))
-    assert torch.isfinite(run(GATE)).all()
-
-
 # Half precision
 
 

@@ -49,7 +49,7 @@ def test_a_gate_that_never_closes_is_the_stock_pipeline_and_leaves_no_trace(name
     before = list(map(fingerprint, networks))
     assert torch.equal(gated(pipe, name, TGateConfig(gate_step=STEPS))[0], stock)
     changed, _ = gated(pipe, name, TGateConfig(gate_step=1))
-    assert torch.equal(changed, stock) == (name == STAGES)
+    assert not torch.equal(changed, stock)
     if "QwenImage21" not in name:  # which leaves its positions anew in every run
         assert [left_behind(*pair) for pair in zip(before, networks, strict=True)] == [{}] * len(networks)
     assert torch.equal(pipe(**call(name)), stock)

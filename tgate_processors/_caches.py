@@ -1,7 +1,7 @@
 """Running beside caches that keep what blocks of the denoiser put out: diffusers' own (0.42) and cache-dit (1.5).
 
 What they keep fits the batch and the branches that it was kept for, so it is let go where these change: at the gate,
-at looks, and when a run begins. The step that stores cross-attention is evaluated whole: a block that is skipped stores
+at looks, and when a run begins. The step that stores cross-attention is evaluated whole: a block that is skipped keeps
 nothing. The pipeline is in the caches' context then, which goes on.
 """
 
