@@ -6,13 +6,13 @@ A prompt, or a picture, is replaced by the inputs that the tiny pipeline's own t
 import functools
 
 import diffusers
+import every  # noqa: F401  # registers its pipelines
 import torch
-import zoo_motion  # noqa: F401  # registers its pipelines
-import zoo_transformers  # noqa: F401  # registers its pipelines
 import zoo_unets
 from adapters import load_ip_adapters, lora, with_images
 from PIL import Image
 from zoo import ENTRIES, class_of, seeded
+from zoo_modular import MODULAR
 
 
 REPLACED = ("ip_adapter_image", "image", "generator")  # by what the tiny pipeline is given
@@ -57,11 +57,24 @@ def called(stock_call):
     return call
 
 
+def called_modular(stock_call):
+    """The same of a modular pipeline."""
+
+    def call(pipe, *, prompt, output, **kwargs):
+        return stock_call(pipe, **MODULAR["StableDiffusionXL"].call([0]) | kwargs)
+
+    return call
+
+
 def connect(monkeypatch):
     """Put this in the place of the hub, of an accelerator and of inductor."""
     torch._dynamo.reset()  # of the graphs of other tests
     for cls in {getattr(diffusers, class_of(name)) for name in ENTRIES}:
         monkeypatch.setattr(cls, "__call__", called(cls.__call__))
+    monkeypatch.setattr(diffusers.ModularPipeline, "from_pretrained", lambda name: MODULAR["StableDiffusionXL"].build())
+    monkeypatch.setattr(diffusers.ModularPipeline, "load_components", lambda pipe, **_: None)
+    monkeypatch.setattr(diffusers.ModularPipeline, "to", lambda pipe, *_, **__: pipe)
+    monkeypatch.setattr(diffusers.ModularPipeline, "__call__", called_modular(diffusers.ModularPipeline.__call__))
     for cls in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForImage2Image):
         monkeypatch.setattr(cls, "from_pretrained", classmethod(from_hub))
     monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", classmethod(model_from_hub))

@@ -308,3 +308,28 @@ def test_cache_dit(name, dit):
     assert torch.equal(gated(pipe, name), latents)
     (context, *_) = pipe.transformer._context_manager._cached_context_manager.values()
     assert context.executed_steps == STEPS  # it counts the steps as they are, though calls were left out
+
+
+def table():
+    """What the pairs of `PAIRS` compute, as parts of the stock pipeline's work, for docs/composing.md."""
+    rows = [["network", "gate alone", *CACHES], ["---"] * (2 + len(CACHES))]
+    for name, caches in PAIRS.items():
+        stock_pipe, gated_pipe = build(name), build(name)
+        stock = worked(stock_pipe, partial(stock_pipe, **call(name)))[1]
+        row = [
+            type(stock_pipe.transformer).__name__,
+            f"{worked(gated_pipe, partial(gated, gated_pipe, name))[1] / stock:.2f}",
+        ]
+        for cache in CACHES:
+            if cache not in caches:
+                row.append("")
+                continue
+            alone, both = build(name, cache), build(name, cache)
+            parts = worked(alone, partial(alone, **call(name)))[1], worked(both, partial(gated, both, name))[1]
+            row.append(" to ".join(f"{part / stock:.2f}" for part in parts))
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table())
