@@ -71,7 +71,9 @@ def connect(monkeypatch):
     torch._dynamo.reset()  # of the graphs of other tests
     for cls in {getattr(diffusers, class_of(name)) for name in ENTRIES}:
         monkeypatch.setattr(cls, "__call__", called(cls.__call__))
-    monkeypatch.setattr(diffusers.ModularPipeline, "from_pretrained", lambda name: MODULAR["StableDiffusionXL"].build())
+    monkeypatch.setattr(
+        diffusers.ModularPipeline, "from_pretrained", lambda name: MODULAR["StableDiffusionXL"].build()
+    )
     monkeypatch.setattr(diffusers.ModularPipeline, "load_components", lambda pipe, **_: None)
     monkeypatch.setattr(diffusers.ModularPipeline, "to", lambda pipe, *_, **__: pipe)
     monkeypatch.setattr(diffusers.ModularPipeline, "__call__", called_modular(diffusers.ModularPipeline.__call__))

@@ -36,7 +36,7 @@ PRESETS = {
     "lcm-sdxl": Preset(TGateConfig(gate_step=0.25), _LCM),
     "lcm-pixart": Preset(TGateConfig(gate_step=0.25), _LCM),
     "looks": Preset(
-        TGateConfig(gate_step=0.2, look_interval=6),
+        TGateConfig(gate_step=0.2, look_interval=5),
         "docs/quality.md: measured on the embedded model under seven samplers",
     ),
     "auto": Preset(

@@ -140,28 +140,6 @@ def tgate_original(rig: Rig, compiles: bool) -> Run:
     return _PipelineRun(rig, pipe, ways.stock(), pipe.tgate, **settings)
 
 
-def pyramid_attention_broadcast(rig: Rig, compiles: bool) -> Run:
-    """diffusers' own: attention's outputs are reused for some steps, with guidance throughout."""
-    from diffusers import PyramidAttentionBroadcastConfig
-
-    pipe = rig.pipeline()
-    denoiser = denoisers_of(pipe)[0]
-    if not hasattr(denoiser, "enable_cache"):
-        raise ConfigError(
-            f"`model` must be one that diffusers' caches know, got {type(denoiser).__name__}, which has no "
-            "`enable_cache`."
-        )
-    denoiser.enable_cache(  # type: ignore[operator]  # of diffusers' CacheMixin
-        PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            cross_attention_block_skip_range=5,
-            current_timestep_callback=lambda: int(pipe.scheduler.timesteps[0]),
-        )
-    )
-    _compiled(pipe, compiles)
-    return _PipelineRun(rig, pipe, ways.stock())
-
-
 # What deciding costs a step before the gate; random weights do not converge, and here never do.
 _WATCHING = TGateConfig(gate_step="auto", tolerance=1e-9)
 
@@ -187,7 +165,12 @@ def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
         Contestant("DeepCache, interval 3", by_way(ways.deep_cache(3)), phases=False),
         Contestant("tgate_processors and DeepCache", by_way(ways.deep_cache(3, rig.config)), phases=False),
         Contestant("tomesd, ratio 0.5", by_way(ways.token_merging(0.5))),
-        Contestant("PyramidAttentionBroadcast", pyramid_attention_broadcast, phases=False),
+        Contestant("PyramidAttentionBroadcast", by_way(ways.pyramid_attention_broadcast()), phases=False),
+        Contestant(
+            "tgate_processors and PyramidAttentionBroadcast",
+            by_way(ways.pyramid_attention_broadcast(rig.config)),
+            phases=False,
+        ),
     ]
 
 

@@ -297,7 +297,7 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
         gate(at(0.4)),
         replace(ways.gated(TGateConfig(gate_step="auto"), "gate step auto"), is_alone=True),
         ways.dropping_guidance(at(0.4)),
-        looks(0.2, 6),  # `preset("looks")`
+        looks(0.2, 5),  # `preset("looks")`
         looks(0.12, 4),
         ways.gated(interval, f"guidance from {round(0.08 * num_steps)} to {at(0.4)}, gated"),
         ways.fewer_steps(at(0.64)),
@@ -308,7 +308,10 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
         *(gate(step) for step in range(1, num_steps) if step != at(0.4)),
         *(ways.dropping_guidance(at(share)) for share in (0.08, 0.2, 0.6, 0.8)),
         *(ways.fewer_steps(at(share)) for share in (0.2, 0.32, 0.8)),
+        looks(0.2, 6),
         looks(0.24, 6),
+        ways.pyramid_attention_broadcast(),
+        ways.pyramid_attention_broadcast(papers),
         ways.gated(TGateConfig(gate_step=0.4, sp_interval=5, warm_up=2), f"gate {at(0.4)}, sp_interval 5"),
         ways.gated(TGateConfig(gate_step=0.6, sp_interval=3, warm_up=2), f"gate {at(0.6)}, sp_interval 3"),
     ]

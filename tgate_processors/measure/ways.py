@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from diffusers import PyramidAttentionBroadcastConfig
+from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from tgate_processors import _deepcache as deepcache
 from tgate_processors._folding import batch_of, double, take_half
@@ -144,6 +146,32 @@ def token_merging(ratio: float, config: TGateConfig | None = None) -> Way:
             tomesd.remove_patch(pipe)
 
     return Way(_named(f"tomesd, ratio {ratio:g}", config), on)
+
+
+def pyramid_attention_broadcast(config: TGateConfig | None = None) -> Way:
+    """diffusers' own: outputs of attention are reused for some steps, with guidance; with `config` gated too."""
+
+    @contextmanager
+    def on(pipe: Any) -> Iterator[Changes]:
+        denoiser = denoisers_of(pipe)[0]
+        before = {module: vars(module).get("_diffusers_hook") for module in denoiser.modules()}
+        settings = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            cross_attention_block_skip_range=5,
+            current_timestep_callback=lambda: 500,  # so that it is on in every step
+        )
+        apply_pyramid_attention_broadcast(denoiser, settings)
+        try:
+            with _gated_or_not(pipe, config) as changes:
+                yield changes
+        finally:
+            for module, registry in before.items():
+                if "_diffusers_hook" in vars(module):
+                    vars(module)["_diffusers_hook"].remove_hook("pyramid_attention_broadcast", recurse=False)
+                if registry is None:
+                    vars(module).pop("_diffusers_hook", None)
+
+    return Way(_named("PyramidAttentionBroadcast", config), on)
 
 
 def _gated_or_not(pipe: Any, config: TGateConfig | None) -> AbstractContextManager[Changes]:
