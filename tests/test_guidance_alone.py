@@ -2,6 +2,7 @@
 
 import warnings
 
+import diffusers
 import every  # noqa: F401  # registers its pipelines
 import pytest
 import torch
@@ -41,6 +42,38 @@ def test_what_needs_cross_attention_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         apply_tgate(pipe, TGateConfig(**settings))
     assert fingerprint(pipe.transformer) == before
+
+
+def test_guidance_must_begin_at_once_where_the_first_step_keeps_both_branches():
+    pipe, _ = tiny("QwenImage21Pipeline")
+    with pytest.raises(
+        ConfigError, match="`guidance_start` must be 0 for QwenImage21Pipeline, whose first step keeps"
+    ):
+        apply_tgate(pipe, TGateConfig(gate_step=3, guidance_start=1))
+
+
+@pytest.mark.parametrize("guider", ["SkipLayerGuidance", "AutoGuidance"])
+def test_a_guider_whose_second_call_is_no_negative_branch_is_refused(guider):
+    pipe, _ = tiny("HunyuanVideo15Pipeline")
+    layers = {"skip_layer_guidance_layers": [0]} if guider == "SkipLayerGuidance" else {"auto_guidance_layers": [0]}
+    pipe.register_modules(guider=getattr(diffusers.guiders, guider)(**layers, **DROPOUT.get(guider, {})))
+    with pytest.raises(ConfigError, match=f"`pipe.guider` must be a guider of two branches .* got a {guider}"):
+        apply_tgate(pipe, TGateConfig(gate_step=2))
+
+
+DROPOUT = {"AutoGuidance": {"dropout": 0.1}}
+
+
+@pytest.mark.parametrize("name", [SD3, QWEN])
+def test_a_class_derived_from_a_known_one_is_taken_to_be_like_it(name):
+    """Its halves must be seen to be equal, which two pictures of the same noise are in the first step alone."""
+    pipe, kwargs = tiny(name)
+    expected, _ = gated(pipe, kwargs, TGateConfig(gate_step=2))
+    pipe.__class__ = type("Mine", (type(pipe),), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latents, _ = gated(pipe, kwargs, TGateConfig(gate_step=2))
+    assert torch.equal(latents, expected)
 
 
 @pytest.mark.parametrize("name", [f"{name} (without guidance)" for name in (SD3, QWEN, FLUX)])

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, cast
 
 import torch
-from diffusers import DDPMWuerstchenScheduler, ModularPipeline, PNDMScheduler, guiders
+from diffusers import DDPMWuerstchenScheduler, ModularPipeline, PNDMScheduler
+from diffusers.guiders import BaseGuidance
 
 from tgate_processors._callers import local_of
 from tgate_processors._clock import StepClock
@@ -31,16 +32,16 @@ def check_is_not_refused(pipe: Any) -> None:
 
 # Guiders that compare two predictions, each from a call of its own. Where both are the same they give it back; those
 # with a momentum add what earlier steps have left in it.
-TWO_PREDICTIONS = (
-    guiders.AdaptiveProjectedGuidance,
-    guiders.AdaptiveProjectedMixGuidance,
-    guiders.ClassifierFreeGuidance,
-    guiders.ClassifierFreeZeroStarGuidance,
-    guiders.FrequencyDecoupledGuidance,
-    guiders.LTX2Guidance,
-    guiders.MagnitudeAwareGuidance,
-    guiders.TangentialClassifierFreeGuidance,
-)
+TWO_PREDICTIONS = {
+    "AdaptiveProjectedGuidance",
+    "AdaptiveProjectedMixGuidance",
+    "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
+    "FrequencyDecoupledGuidance",
+    "LTX2Guidance",
+    "MagnitudeAwareGuidance",
+    "TangentialClassifierFreeGuidance",
+}
 
 
 def check_guider(pipe: Any) -> None:
@@ -50,7 +51,7 @@ def check_guider(pipe: Any) -> None:
         ConfigError: The guider's predictions are not those of two branches.
     """
     for name, guider in _guiders_of(pipe):
-        if not isinstance(guider, TWO_PREDICTIONS):
+        if TWO_PREDICTIONS.isdisjoint(_class_names(guider)):
             raise ConfigError(
                 f"`pipe.{name}` must be a guider of two branches beside T-GATE, such as ClassifierFreeGuidance, got a "
                 f"{type(guider).__name__}. Pass another one, or run without T-GATE."
@@ -59,7 +60,7 @@ def check_guider(pipe: Any) -> None:
 
 def _guiders_of(pipe: Any) -> Iterator[tuple[str, Any]]:
     for name, component in getattr(pipe, "components", {}).items():
-        if isinstance(component, guiders.BaseGuidance):
+        if isinstance(component, BaseGuidance):
             yield name, component
 
 
@@ -84,8 +85,8 @@ def is_listed(pipe: Any) -> bool:
     return isinstance(pipe, ModularPipeline) or type(pipe).__name__ in FAMILIES
 
 
-def _class_names(pipe: Any) -> list[str]:
-    return [cls.__name__ for cls in type(pipe).__mro__]
+def _class_names(value: Any) -> list[str]:
+    return [cls.__name__ for cls in type(value).__mro__]
 
 
 DENOISERS = ("unet", "transformer", "transformer_2")
