@@ -31,10 +31,6 @@ from zoo_transformers import (
 
 # Pipelines that do not run on a batch of two, with the reason.
 ONE_PICTURE_ONLY = {}
-# Pipelines that run a denoiser in a loop, without classifier-free guidance, with the reason.
-WITHOUT_GUIDANCE = {}
-# Pipelines that have no loop over the timesteps, with the reason.
-NO_LOOP = {}
 
 TOKENS = 5  # of the prompt
 FEWER = 3  # of the negative prompt, where it may have a length of its own
@@ -823,7 +819,6 @@ for name, label, inputs, branches in (
         height=32,
         width=32,
     )
-WITHOUT_GUIDANCE["DreamLiteMobilePipeline"] = "is distilled: the guidance scale that it takes is ignored"
 
 
 # DiT: a class instead of a text; both halves of the batch are denoised to the end
@@ -929,8 +924,6 @@ unscaled(
     mask_end_seconds=3.0,
     **four_seconds,
 )
-for name in ("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline"):
-    WITHOUT_GUIDANCE[name] = "is for distilled networks"
 
 
 # ACE-Step: what guidance did in a step moves the next; without the prompt, a vector of its own
@@ -1088,7 +1081,6 @@ def call_protein(pictures):
 
 
 register("RFD4ProteinaPipeline", build_protein, call_protein, branches=1)
-WITHOUT_GUIDANCE["RFD4ProteinaPipeline"] = "is told what to make, and is not asked without"
 
 
 # Models that write words: they are told no timestep, and their result is tokens
@@ -1209,10 +1201,3 @@ register(
     branches=1,
 )
 ONE_PICTURE_ONLY["DiffusionGemmaPipeline"] = "draws the noise of all pictures with one generator"
-for name in ("LLaDA2Pipeline", "DiffusionGemmaPipeline"):
-    WITHOUT_GUIDANCE[name] = "its model writes words, and is told no timestep"
-
-
-NO_LOOP |= {
-    "FluxPriorReduxPipeline": "makes embeddings of a picture, without a denoiser",
-}

@@ -18,21 +18,6 @@ SIZE = 8  # of a picture in pixels; the autoencoder halves them
 IN_PIXELS = {"height": SIZE, "width": SIZE}
 FROM_PICTURE = IN_PIXELS | {"strength": 1.0, "sigmas": [0.8, 0.6, 0.4, 0.2]}  # from where the picture is still seen
 
-# Their networks are distilled: what is called a guidance scale is an input of the network, or there is none.
-WITHOUT_GUIDANCE = {
-    "FluxControlNetImg2ImgPipeline",
-    "FluxControlNetInpaintPipeline",
-    "FluxFillPipeline",
-    "FluxControlPipeline",
-    "FluxControlImg2ImgPipeline",
-    "FluxControlInpaintPipeline",
-    "VisualClozePipeline",
-    "VisualClozeGenerationPipeline",
-    "Flux2Pipeline",
-    "Flux2KleinKVPipeline",
-}
-NO_LOOP: dict[str, str] = {}
-
 
 def prompt(pictures):
     return {"prompt_embeds": of_pictures(pictures, TOKENS, WIDTH, kind=1)}

@@ -36,25 +36,6 @@ ONE_PICTURE_ONLY = {
     "WuerstchenDecoderPipeline",  # repeats each prompt for every picture of the batch
 }
 
-# Classes that run a denoiser without guidance, and what they give it.
-WITHOUT_GUIDANCE = {
-    "ConsistencyModelPipeline": "a class",
-    "DDIMPipeline": "nothing",
-    "DDPMPipeline": "nothing",
-    "DanceDiffusionPipeline": "nothing",
-    "KarrasVePipeline": "nothing",
-    "LDMPipeline": "nothing",
-    "LDMSuperResolutionPipeline": "a picture",
-    "PNDMPipeline": "nothing",
-    "RePaintPipeline": "nothing",
-    "ScoreSdeVePipeline": "nothing",
-}
-
-# Classes without a loop over timesteps.
-NO_LOOP = {
-    "VersatileDiffusionPipeline": "has no __call__; its three methods build the three other classes and call them",
-}
-
 
 def words(pictures):
     """For classes that take no embeddings; the negative prompt is the shorter."""

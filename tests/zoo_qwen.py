@@ -15,12 +15,6 @@ from zoo_transformers import CHANNELS, TOKENS, WIDTH, build, call, noise, pipeli
 ONE_PICTURE_ONLY = {
     "QwenImageEditPlusPipeline",  # refuses more than one prompt, with embeddings too
 }
-# Entries that no negative prompt reaches.
-WITHOUT_GUIDANCE = {
-    "QwenImagePipeline (without guidance)": "called at a scale of one, as a distilled network is",
-    "QwenImage21Pipeline (without guidance)": "called at the default scale, which is one",
-}
-NO_LOOP = {}
 
 ROPE = {"num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)}
 flow_match = diffusers.FlowMatchEulerDiscreteScheduler

@@ -21,17 +21,6 @@ ONE_PICTURE_ONLY = {
     "TextToVideoZeroPipeline",  # has motion for the frames of one video
     "TextToVideoZeroSDXLPipeline",  # likewise
 }
-# Pipelines that guide nothing, though they run a denoiser.
-WITHOUT_GUIDANCE = {}
-# Pipelines without steps.
-NO_LOOP = {}
-# How often a call runs through its steps, where that is not once.
-LOOPS = {
-    "SkyReelsV2DiffusionForcingPipeline (long)": 2,
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline (long)": 2,
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline (long)": 2,
-    "StableDiffusionPix2PixZeroPipeline": 2,  # the second time with a gradient
-}
 
 
 # Attend and Excite: before each step it moves the latents along a gradient of the prompt's attention maps

@@ -34,12 +34,6 @@ LATENTS = (CHANNELS, 2, 4, 4)
 ONE_PICTURE_ONLY = {
     "MotifVideoImage2VideoPipeline",  # refuses more than one picture, and does not repeat it for more prompts
 }
-# Pipelines that guide nothing, though they run a denoiser.
-WITHOUT_GUIDANCE = {}
-# Pipelines without steps.
-NO_LOOP = {}
-# How often a call runs through all its steps, where that is not once.
-LOOPS = {"HunyuanVideoFramepackPipeline (two parts)": 2}
 
 
 def video(pictures, kind=50, frames=FRAMES):

@@ -60,18 +60,6 @@ ONE_PICTURE_ONLY = {
     "LTXI2VLongMultiPromptPipeline",  # makes one video, whatever it is given
     "HeliosPyramidPipeline",  # draws a stage's noise for the whole batch from the first generator
 }
-# Pipelines that run a denoiser with one text alone, with the reason.
-WITHOUT_GUIDANCE = {
-    "LTX2DFRPipeline": "made for distilled networks",
-    "LTX2DFRTemporalRefinePipeline": "made for distilled networks",
-    "Kandinsky6SRPipeline": "its denoiser attends to no text",
-}
-# Pipelines that step through no timesteps, with what they do.
-NO_LOOP = {
-    "LTXLatentUpsamplePipeline": "one call of a network that enlarges latents",
-    "LTX2LatentUpsamplePipeline": "one call of a network that enlarges latents",
-    "LTX2VideoDiffusionDecodePipeline": "one call of a decoder, whose steps are its own",
-}
 
 
 def two_lengths(pictures):
