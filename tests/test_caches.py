@@ -279,15 +279,16 @@ def dit():
     """Enables cache-dit on a pipeline, and takes it off again: it is put on the class."""
     on = []
 
-    def enable(pipe, **settings):
+    def enable(pipe, **more):
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1,
             Bn_compute_blocks=0,
             residual_diff_threshold=0.9,
             max_warmup_steps=2,
             max_continuous_cached_steps=2,
+            **more,
         )
-        cache_dit.enable_cache(pipe, cache_config=config, **settings)
+        cache_dit.enable_cache(pipe, cache_config=config)
         on.append(pipe)
         return pipe
 
@@ -308,6 +309,21 @@ def test_cache_dit(name, dit):
     assert torch.equal(gated(pipe, name), latents)
     (context, *_) = pipe.transformer._context_manager._cached_context_manager.values()
     assert context.executed_steps == STEPS  # it counts the steps as they are, though calls were left out
+
+
+def test_cache_dit_that_is_told_when_to_reuse_is_not_told_so_at_the_gate(dit):
+    """The sixth step stores cross-attention, and the seventh is the first of one branch: both are computed whole."""
+    mask = [1, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 1]
+    settings = {"num_inference_steps": STEPS, "steps_computation_mask": mask, "steps_computation_policy": "static"}
+    pipe = dit(build(PIXART), **settings)
+    seen = []
+    blocks = pipe.transformer.transformer_blocks
+    hooks_of_blocks = [block.register_forward_hook(lambda *_: seen.append(1)) for block in blocks]
+    assert torch.isfinite(gated(pipe, PIXART)).all()
+    for hook in hooks_of_blocks:
+        hook.remove()
+    assert len(seen) == 9 * len(blocks) + 3  # the first block is computed in each step
+    assert mask == [1, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 1]
 
 
 def table():

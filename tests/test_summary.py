@@ -4,11 +4,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 
+import every  # noqa: F401  # registers its pipelines
 import pytest
 import tomesd
 import torch
-import zoo_motion  # noqa: F401  # registers its pipelines
-import zoo_transformers  # noqa: F401  # registers its pipelines
 import zoo_unets
 from adapters import load_ip_adapters, lora, with_images
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
@@ -89,6 +88,17 @@ def is_exact(pipe, kwargs, config=CONFIG, mine=None, beside=None):
 )
 def test_what_is_counted_is_what_happens(name):
     assert is_exact(*tiny(name), SELF_ATTENTION_TOO).notes == ()
+
+
+@pytest.mark.parametrize("name", ["ZImagePipeline", "Lumina2Pipeline", "QwenImagePipeline", "HunyuanVideoPipeline"])
+def test_telling_writes_to_nothing_of_the_network(name):
+    """Some keep their positions in objects that are no modules."""
+    pipe, kwargs = tiny(name)
+    stock = pipe(**kwargs)[0]
+    with apply_tgate(pipe, CONFIG) as tgate:
+        pipe(**kwargs, callback_on_step_end=tgate)
+        tgate.summary()
+    assert torch.equal(pipe(**kwargs)[0], stock)
 
 
 # What changes within a run
