@@ -75,6 +75,12 @@ def test_few_steps_with_guidance_save_as_many_do(family, caplog):
             TGateConfig(gate_step=3),
             "`look_interval` should be given with an SDE",
         ),
+        (
+            "dpm++-2m-karras",
+            TGateConfig(gate_step="auto"),
+            "`gate_step` should be a count or a fraction with this D",
+        ),
+        ("euler-a", TGateConfig(gate_step="auto"), "`gate_step` should be a count or a fraction with this EulerAnc"),
     ],
 )
 def test_a_setting_that_costs_more_under_the_sampler_is_told(sampler, config, message):

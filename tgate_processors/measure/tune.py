@@ -27,7 +27,7 @@ LEAST_STEPS = 3
 MOST_PICTURES = 6  # side by side
 # As parts of the run: the papers' gate, and looks with their intervals.
 GATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-LOOKS = ((0.08, 6), (0.08, 4), (0.12, 4), (0.12, 3), (0.12, 2), (0.2, 6), (0.24, 4), (0.24, 3), (0.4, 6), (0.4, 3))
+LOOKS = ((0.08, 6), (0.08, 4), (0.12, 4), (0.12, 3), (0.12, 2), (0.2, 5), (0.24, 4), (0.24, 3), (0.4, 6), (0.4, 3))
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
