@@ -326,10 +326,15 @@ def _plot_report(report: Report, axes: Any) -> None:
             elinewidth=0.6,
             label=label,
         )
-    for row in report.measured:
+    above = -1.0  # the arithmetic of the last way whose name stands above it
+    for row in sorted(report.measured, key=lambda row: row.arithmetic):
         if _kind(row) in NAMED_IN_PLOTS:
-            place = (row.arithmetic, estimate(row.scores[report.deciding]).high)
-            axes.annotate(row.name, place, (0, 3), textcoords="offset points", fontsize=7, rotation=90, ha="center")
+            at, style = estimate(row.scores[report.deciding]), {"fontsize": 7, "rotation": 90, "ha": "center"}
+            if row.arithmetic - above < 0.015:  # two names would lie over one another
+                axes.annotate(row.name, (row.arithmetic, at.low), (0, -3), "data", "offset points", va="top", **style)
+            else:
+                axes.annotate(row.name, (row.arithmetic, at.high), (0, 3), "data", "offset points", **style)
+                above = row.arithmetic
     axes.set_xlabel("arithmetic of the denoiser, as a part of the stock pipeline's")
     axes.set_ylabel(f"{report.deciding}, with 95% intervals")
     axes.set_title(f"sampler {report.sampler}", fontsize=9, loc="left")
