@@ -30,6 +30,9 @@ def meta_copy(network: Any, processors: Mapping[str, Any] | None = None) -> Any:
             those that it has.
     """
     model = structural_copy(network, to_meta, _as_plain)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.requires_grad_()  # torch runs it as one product then, whatever the strides of its input
     for name, layer in attention_layers(model).items():
         processor = layer.processor if processors is None else processors.get(name)
         layer._modules.pop("processor", None)

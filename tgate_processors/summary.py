@@ -125,7 +125,7 @@ def summarize(loop: Loop) -> Summary:
                 cost += counter.of(part.record.evaluations)
                 stock_macs += counter.stock(part.record.given).macs
     except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
-        why = shorten(f"{type(error).__name__}: {error}", width=100, placeholder=" ...")
+        why = shorten(f"{type(error).__name__}: {error}".splitlines()[0], width=100, placeholder=" ...")
         notes.append(f"the arithmetic could not be counted: {why}")
         cost, stock_macs = Cost(), 0
     begun = any(part.calls for part in run.parts.values())
