@@ -59,8 +59,9 @@ class Caches:
         return False
 
     def forget(self) -> None:
-        """Let go what diffusers' caches keep. cache-dit's is read after the run, for its summary."""
-        _reset_hooks(self._denoiser, begins=True)
+        """Let go what diffusers' caches keep of one branch. cache-dit's is read after the run, for its summary."""
+        if self._mode is not None and self._mode.phase.has_one_branch:
+            _reset_hooks(self._denoiser, begins=True)
 
 
 def caches_of(denoiser: torch.nn.Module, *, has_cross_attention: bool) -> Caches | None:
