@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import fingerprint, left_behind, seeded, tiny
 from torch.nn import functional
 
-from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
+from tgate_processors import ConfigError, StateError, TGateConfig, apply_tgate
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors.cli import main
 from tgate_processors.demo.model import load_demo_pipeline
@@ -172,7 +172,7 @@ def test_what_cannot_be_measured():
     for name in list(subject.denoiser.attn_processors):
         layer = subject.denoiser.get_submodule(name.removesuffix(".processor"))
         layer.is_cross_attention = False
-    with pytest.raises(UnsupportedPipelineError, match="none of its attention layers"):
+    with pytest.raises(ConfigError, match="it has no cross-attention of its own that a run could watch"):
         measure_convergence(subject.pipe, ["a cat"], num_inference_steps=6)
 
 

@@ -1078,15 +1078,15 @@ class Foreign(diffusers.DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, latents, prompts, num_inference_steps, callback_on_step_end=None):
         self.scheduler.set_timesteps(num_inference_steps)
-        for i, t in enumerate(self.scheduler.timesteps):
-            timestep = t.expand(len(latents))
+        for i, now in enumerate(self.scheduler.timesteps):
+            timestep = now.expand(len(latents))
             timestep = timestep.clone() if self.converts else timestep
             given = {"hidden_states": latents, "timestep": timestep, "return_dict": False}
             first, *rest = (self.transformer(encoder_hidden_states=text, **given)[0] for text in prompts)
             noise = first + sum(other - first for other in rest)
-            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+            latents = self.scheduler.step(noise, now, latents, return_dict=False)[0]
             if callback_on_step_end:
-                callback_on_step_end(self, i, t, {"latents": latents})
+                callback_on_step_end(self, i, now, {"latents": latents})
         return (latents,)
 
 
@@ -1226,11 +1226,9 @@ def modular_sdxl():
     return pipe
 
 
-@pytest.mark.filterwarnings("ignore:ModularPipeline is not among the pipelines")
-@pytest.mark.filterwarnings("ignore:StableDiffusionXLModularPipeline is not among the pipelines")
 @pytest.mark.parametrize("pictures", [[0], [0, 1]])
 def test_a_modular_pipeline(pictures):
-    """Its guider calls for each branch: cross-attention is reused in each, and guidance is the guider's."""
+    """Its guider calls for each branch: from the gate on the second call is left out."""
     pipe, kwargs = modular_sdxl(), call(SDXL, pictures=pictures)
     names = ("height", "latents", "width")
     given = {name: value for name, value in kwargs.items() if name in names or name.endswith("embeds")}
@@ -1245,8 +1243,8 @@ def test_a_modular_pipeline(pictures):
         latents = run()
         summary = tgate.summary()
     assert not torch.equal(latents, stock)
-    assert summary.batches == (len(pictures),) * 12
-    assert summary.cost.cross_computed * 2 == summary.cost.cross_reused
+    assert summary.batches == (len(pictures),) * 8
+    assert summary.cost.cross_computed == summary.cost.cross_reused
     assert torch.equal(run(), stock)
 
 
@@ -1259,8 +1257,8 @@ class Silent(diffusers.DiffusionPipeline):
 
     def __call__(self, latents, text):
         self.scheduler.set_timesteps(4)
-        for t in self.scheduler.timesteps:
-            self.transformer(latents, timestep=t.expand(1).clone(), encoder_hidden_states=text)
+        for now in self.scheduler.timesteps:  # diffusers' own loops name it `t`, which would say it
+            self.transformer(latents, timestep=now.expand(1).clone(), encoder_hidden_states=text)
 
 
 @pytest.mark.filterwarnings("ignore:Silent is not among the pipelines")

@@ -224,6 +224,7 @@ def test_a_class_with_nothing_to_leave_out_is_refused(name):
         apply_tgate(pipe, TGateConfig(gate_step=GATE))
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs: some are deprecated, or use what is
 @pytest.mark.parametrize("name", NOT_GATED)
 def test_what_is_refused_runs_as_before(name):
     pipe = seeded(ENTRIES[name].build)

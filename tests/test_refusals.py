@@ -82,7 +82,7 @@ def joint():
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (unconditional, "got UNet2DModel: none of its attention layers is known"),
+        (unconditional, "got DDPMPipeline: it does no guidance, and has no cross-attention to a prompt"),
         (joint, r"its text joins self-attention \(joint or added-KV attention\)"),
     ],
 )

@@ -1,6 +1,7 @@
 """Ways to run a pipeline faster, this library's and others: each is put on for a while and taken off again."""
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def stock() -> Way:
 def gated(config: TGateConfig, name: str) -> Way:
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
-        with apply_tgate(pipe, config) as tgate:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what a setting costs under the sampler is being measured
+            tgate = apply_tgate(pipe, config)
+        with tgate:
             yield {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
 
     return Way(name, on)
@@ -154,7 +158,8 @@ def pyramid_attention_broadcast(config: TGateConfig | None = None) -> Way:
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
         denoiser = denoisers_of(pipe)[0]
-        before = {module: vars(module).get("_diffusers_hook") for module in denoiser.modules()}
+        names = ("_diffusers_hook", "forward")  # a hook that is taken off leaves both
+        before = {module: [vars(module).get(name) for name in names] for module in denoiser.modules()}
         settings = PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
             cross_attention_block_skip_range=5,
@@ -165,11 +170,12 @@ def pyramid_attention_broadcast(config: TGateConfig | None = None) -> Way:
             with _gated_or_not(pipe, config) as changes:
                 yield changes
         finally:
-            for module, registry in before.items():
+            for module, values in before.items():
                 if "_diffusers_hook" in vars(module):
                     vars(module)["_diffusers_hook"].remove_hook("pyramid_attention_broadcast", recurse=False)
-                if registry is None:
-                    vars(module).pop("_diffusers_hook", None)
+                for name, value in zip(names, values, strict=True):
+                    if value is None:
+                        vars(module).pop(name, None)
 
     return Way(_named("PyramidAttentionBroadcast", config), on)
 
