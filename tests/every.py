@@ -32,6 +32,8 @@ ZOOS = (
 )
 ONE_PICTURE_ONLY = {name for zoo in ZOOS for name in getattr(zoo, "ONE_PICTURE_ONLY", ())}
 GATED = [name for name in ENTRIES if class_of(name) in FAMILIES]
+# Those with a call for each branch and cross-attention of their own, whose loop is one.
+CALLS = [name for name in GATED if re.match(r"Cosmos(2?Text|2?Video)|Kandinsky5T2|SkyReelsV2|Wan(?!Animate)", name)]
 NOT_GATED = [name for name in ENTRIES if class_of(name) not in FAMILIES]
 
 # Those that have no cross-attention of their own, as the page says, which a test compares with the pipelines.

@@ -5,17 +5,17 @@ import torch
 import zoo_motion  # noqa: F401  # its pipelines register themselves
 import zoo_transformers  # noqa: F401  # and so do its
 import zoo_unets  # noqa: F401  # and its
+from every import CALLS
 from hypothesis import given
 from hypothesis import strategies as st
 from seen import Seen
 from test_gate import STEPS as LOOP_STEPS
 from test_gate import loop
 from tiny import Observed, fingerprint, left_behind, tiny
-from zoo import ENTRIES, STEPS, class_of, seeded
+from zoo import ENTRIES, STEPS, seeded
 
 from tgate_processors import ConfigError, Gate, TGateConfig, apply_tgate, gated_processors
 from tgate_processors import _deepcache as deepcache
-from tgate_processors._families import FAMILIES, Guidance
 from tgate_processors._installation import is_gated
 from tgate_processors._kept import UNMEASURED
 from tgate_processors._modes import AttentionMode, Phase, StepMode
@@ -25,8 +25,6 @@ from tgate_processors._pipelines import denoisers_of, side_networks_of, takes_ca
 NEVER = 99
 LATE = TGateConfig(gate_step=NEVER, guidance_start=2)  # both branches to the end
 TWO_DENOISERS = "WanPipeline (two denoisers)"
-CALLS = [name for name in ENTRIES if FAMILIES[class_of(name)].guidance is Guidance.CALLS]
-
 
 # The schedule
 

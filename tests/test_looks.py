@@ -4,16 +4,16 @@ import pytest
 import torch
 import zoo_motion  # its pipelines register themselves
 import zoo_transformers
+from every import CALLS
 from hypothesis import given
 from hypothesis import strategies as st
 from seen import Seen
 from tiny import seeded, tiny
 from torch.nn import functional
-from zoo import ENTRIES, STEPS, class_of
+from zoo import ENTRIES, STEPS
 from zoo import seeded as seeded_pipeline
 
 from tgate_processors import ConfigError, TGateConfig, apply_tgate
-from tgate_processors._families import FAMILIES, Guidance
 from tgate_processors._folding import difference_of_halves, with_difference
 from tgate_processors._kept import UNMEASURED, KeptGuidance
 from tgate_processors._modes import Phase
@@ -209,7 +209,6 @@ def test_a_pipeline_that_does_no_guidance_is_refused():
 
 # Branches that are calls
 
-CALLS = [name for name in ENTRIES if FAMILIES[class_of(name)].guidance is Guidance.CALLS]
 OFTEN = TGateConfig(gate_step=1, look_interval=2)
 TWO_DENOISERS = "WanPipeline (two denoisers)"
 
