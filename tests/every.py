@@ -15,7 +15,7 @@ import zoo_videos
 import zoo_worlds
 from zoo import ENTRIES, class_of
 
-from tgate_processors._families import FAMILIES
+from tgate_processors._families import FAMILIES, Guidance
 
 
 ZOOS = (
@@ -32,8 +32,6 @@ ZOOS = (
 )
 ONE_PICTURE_ONLY = {name for zoo in ZOOS for name in getattr(zoo, "ONE_PICTURE_ONLY", ())}
 GATED = [name for name in ENTRIES if class_of(name) in FAMILIES]
-# Those with a call for each branch and cross-attention of their own, whose loop is one.
-CALLS = [name for name in GATED if re.match(r"Cosmos(2?Text|2?Video)|Kandinsky5T2|SkyReelsV2|Wan(?!Animate)", name)]
 NOT_GATED = [name for name in ENTRIES if class_of(name) not in FAMILIES]
 
 # Those that have no cross-attention of their own, as the page says, which a test compares with the pipelines.
@@ -41,3 +39,16 @@ _PAGE = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
 _SECTION = _PAGE.partition("## Gated, guidance alone")[2].partition("\n## ")[0]
 _NAMES = set(re.findall(r"^\| (\w+) \|", _SECTION, re.MULTILINE))
 ALONE = [name for name in GATED if class_of(name) in _NAMES]
+# Those with a call for each branch and cross-attention of their own.
+_OTHERWISE = {
+    "Cosmos2_5_TransferPipeline",  # calls a ControlNet as often
+    "Cosmos2_5_TransferPipeline (two chunks)",
+    "HeliosPipeline",  # is not counted
+    "HeliosPipeline (two chunks)",
+    "LucyEditPipeline (two denoisers)",  # as Wan's, which is here
+    "WanAnimatePipeline (two segments)",
+    "WanAnimatePipeline (without guidance)",
+}
+CALLS = [
+    name for name in GATED if FAMILIES[class_of(name)].guidance is Guidance.CALLS and name not in {*ALONE, *_OTHERWISE}
+]

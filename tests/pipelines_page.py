@@ -44,7 +44,7 @@ REFUSED_LOOPS = """## Refused
 `apply_tgate` raises `UnsupportedPipelineError` with the reason.
 """
 
-HEAD = ["| pipeline | gated | guidance after the gate | step told by |", "| --- | --- | --- | --- |"]
+HEAD = ["| pipeline | gated | guidance after the gate | callback |", "| --- | --- | --- | --- |"]
 
 
 def page():
@@ -69,8 +69,8 @@ def _row(name, pipe):
     guidance = name_of(family.guidance)
     if family.branch == "positive":
         guidance += ", the positive branch goes on"
-    counted = "its place in `timesteps`" + (", `callback_on_step_end`" if takes_callback(pipe) else "")
-    return f"| {name} | {', '.join(networks)} | {guidance} | {counted} |"
+    callback = "`callback_on_step_end`" if takes_callback(pipe) else "none"
+    return f"| {name} | {', '.join(networks)} | {guidance} | {callback} |"
 
 
 def name_of(guidance):

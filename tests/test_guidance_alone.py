@@ -52,16 +52,18 @@ def test_guidance_must_begin_at_once_where_the_first_step_keeps_both_branches():
         apply_tgate(pipe, TGateConfig(gate_step=3, guidance_start=1))
 
 
-@pytest.mark.parametrize("guider", ["SkipLayerGuidance", "AutoGuidance"])
-def test_a_guider_whose_second_call_is_no_negative_branch_is_refused(guider):
+@pytest.mark.parametrize(
+    ("guider", "settings"),
+    [
+        ("SkipLayerGuidance", {"skip_layer_guidance_layers": [0]}),
+        ("AutoGuidance", {"auto_guidance_layers": [0], "dropout": 0.1}),
+    ],
+)
+def test_a_guider_whose_second_call_is_no_negative_branch_is_refused(guider, settings):
     pipe, _ = tiny("HunyuanVideo15Pipeline")
-    layers = {"skip_layer_guidance_layers": [0]} if guider == "SkipLayerGuidance" else {"auto_guidance_layers": [0]}
-    pipe.register_modules(guider=getattr(diffusers.guiders, guider)(**layers, **DROPOUT.get(guider, {})))
+    pipe.register_modules(guider=getattr(diffusers.guiders, guider)(**settings))
     with pytest.raises(ConfigError, match=f"`pipe.guider` must be a guider of two branches .* got a {guider}"):
         apply_tgate(pipe, TGateConfig(gate_step=2))
-
-
-DROPOUT = {"AutoGuidance": {"dropout": 0.1}}
 
 
 @pytest.mark.parametrize("name", [SD3, QWEN])

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-import zoo_motion  # noqa: F401  # its pipelines register themselves
-import zoo_transformers  # noqa: F401  # and so do its
-import zoo_unets  # noqa: F401  # and its
 from every import CALLS
 from hypothesis import given
 from hypothesis import strategies as st

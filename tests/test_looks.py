@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import zoo_motion  # its pipelines register themselves
-import zoo_transformers
-from every import CALLS
+from every import CALLS, ONE_PICTURE_ONLY
 from hypothesis import given
 from hypothesis import strategies as st
 from seen import Seen
@@ -243,9 +241,7 @@ def test_a_look_is_a_step_of_all_calls(name):
     assert torch.equal(never, stock)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CALLS if name not in zoo_motion.ONE_PICTURE_ONLY | zoo_transformers.ONE_PICTURE_ONLY]
-)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ONE_PICTURE_ONLY])
 def test_two_pictures_look_as_each_alone_in_calls(name):
     both, one, other = (run(name, OFTEN, pictures)[0] for pictures in ([0, 1], [0], [1]))
     torch.testing.assert_close(both, torch.cat([one, other]), rtol=1e-3, atol=2e-4)  # kernels differ by batch

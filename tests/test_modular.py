@@ -5,7 +5,7 @@ import pytest
 import torch
 from seen import Seen
 from tiny import fingerprint, left_behind
-from zoo import STEPS
+from zoo import STEPS, seeded
 from zoo_modular import MODULAR, ONE_PICTURE_ONLY
 
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
@@ -24,12 +24,7 @@ SDXL, WAN, QWEN = "StableDiffusionXL", "Wan", "QwenImage"
 
 
 def tiny(name):
-    torch.manual_seed(0)
-    pipe = MODULAR[name].build()
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval().requires_grad_(False)
-    return pipe
+    return seeded(MODULAR[name].build)
 
 
 def call(name, pictures=(0,), **settings):

@@ -4,11 +4,9 @@ import copy
 from collections import defaultdict
 from functools import cache, partial
 
+import every  # noqa: F401  # registers its pipelines
 import pytest
 import torch
-import zoo_joint  # noqa: F401  # registers its pipelines
-import zoo_transformers  # noqa: F401  # registers its pipelines
-import zoo_unets  # noqa: F401  # registers its pipelines
 from diffusers import BitsAndBytesConfig, GGUFQuantizationConfig, QuantoConfig, TorchAoConfig
 from diffusers.models.model_loading_utils import load_gguf_checkpoint
 from diffusers.quantizers.bitsandbytes import bnb_quantizer

@@ -337,7 +337,7 @@ helios(**in_chunks)
 helios(label="Helios (two chunks)", entry={"branches": 2 * 2}, **in_chunks | {"num_frames": 10})
 modular(
     "HeliosPyramidAutoBlocks",
-    HELIOS | {"scheduler": diffusers.HeliosScheduler},
+    HELIOS | {"scheduler": zoo_worlds.helios_scheduler},
     plain_text,
     noise,
     resolutions,

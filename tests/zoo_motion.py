@@ -278,6 +278,20 @@ def audio_unet():
     )
 
 
+def vocoder():
+    return transformers.SpeechT5HifiGan(
+        transformers.SpeechT5HifiGanConfig(
+            model_in_dim=SIZE,
+            sampling_rate=SIZE,
+            upsample_initial_channel=4,
+            upsample_rates=(2, 2),
+            upsample_kernel_sizes=(4, 4),
+            resblock_kernel_sizes=(3,),
+            resblock_dilation_sizes=((1,),),
+        )
+    )
+
+
 def build_audio():
     """The text encoder and the language model are asked for their dtype alone, the vocoder for its rates."""
     return make(
@@ -292,17 +306,7 @@ def build_audio():
                 vocab_size=4, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=1
             )
         ),
-        vocoder=transformers.SpeechT5HifiGan(
-            transformers.SpeechT5HifiGanConfig(
-                model_in_dim=SIZE,
-                sampling_rate=SIZE,
-                upsample_initial_channel=4,
-                upsample_rates=(2, 2),
-                upsample_kernel_sizes=(4, 4),
-                resblock_kernel_sizes=(3,),
-                resblock_dilation_sizes=((1,),),
-            )
-        ),
+        vocoder=vocoder(),
     )
 
 

@@ -20,7 +20,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from diffusers.pipelines.stable_diffusion.clip_image_project_model import CLIPImageProjection
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from zoo import STEPS, generators, images, of_pictures, register, wake
-from zoo_motion import FRAMES, LETTERS, motion_adapter, tokenizer, vision
+from zoo_motion import FRAMES, LETTERS, motion_adapter, tokenizer, vision, vocoder
 from zoo_transformers import MeanEncoder, build, call, noise, pipeline
 from zoo_unets import SIZE, TOKENS, WIDTH, controlnet, scheduler, text, unet, vae
 
@@ -949,17 +949,7 @@ SOUND = {
     ),
     "scheduler": scheduler,
     "text_encoder": clap,  # asked for its dtype alone
-    "vocoder": lambda: transformers.SpeechT5HifiGan(
-        transformers.SpeechT5HifiGanConfig(
-            model_in_dim=SIZE,
-            sampling_rate=SIZE,
-            upsample_initial_channel=4,
-            upsample_rates=(2, 2),
-            upsample_kernel_sizes=(4, 4),
-            resblock_kernel_sizes=(3,),
-            resblock_dilation_sizes=((1,),),
-        )
-    ),
+    "vocoder": vocoder,
 }
 
 

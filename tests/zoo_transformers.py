@@ -566,7 +566,7 @@ pipeline("Cosmos2VideoToWorldPipeline", COSMOS_2 | with_frames, plain_text, imag
 # Kandinsky 5: two texts, channels last
 
 
-def kandinsky_5():
+def kandinsky_5(**more):
     return diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=CHANNELS,
         out_visual_dim=CHANNELS,
@@ -578,6 +578,7 @@ def kandinsky_5():
         num_text_blocks=1,
         num_visual_blocks=2,
         axes_dims=(2, 2, 4),
+        **more,
     )
 
 

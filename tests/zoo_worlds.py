@@ -35,6 +35,7 @@ from zoo_transformers import (
     dpm_flow,
     image,
     in_pixels,
+    kandinsky_5,
     long_text,
     ltx_vae,
     mean_encoder,
@@ -191,22 +192,6 @@ def kandinsky_5_text(pictures):
     return given
 
 
-def kandinsky_5():
-    return diffusers.Kandinsky5Transformer3DModel(
-        in_visual_dim=CHANNELS,
-        out_visual_dim=CHANNELS,
-        in_text_dim=WIDTH,
-        in_text_dim2=WIDTH,
-        time_dim=8,
-        model_dim=16,
-        ff_dim=16,
-        num_text_blocks=1,
-        num_visual_blocks=2,
-        axes_dims=(2, 2, 4),
-        visual_cond=True,
-    )
-
-
 def hunyuan_video_vae():
     """Makes a video eight times smaller and four times shorter."""
     return diffusers.AutoencoderKLHunyuanVideo(
@@ -219,7 +204,10 @@ def hunyuan_video_vae():
     )
 
 
-KANDINSKY_5 = {"transformer": kandinsky_5, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler}
+KANDINSKY_5 = {
+    "transformer": partial(kandinsky_5, visual_cond=True),
+    "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
+}
 
 
 def small_kandinsky_5():
@@ -263,6 +251,8 @@ def helios():
 
 
 HELIOS = {"transformer": helios, "vae": wan_vae}
+# At its own gamma of a third the covariance of a block's noise has no inverse: whether a machine factors it is chance.
+helios_scheduler = partial(diffusers.HeliosScheduler, gamma=0.3)
 TWO_FRAMES_A_CHUNK = {"num_latent_frames_per_chunk": 2, "history_sizes": [4, 2, 1], "num_frames": 5}
 
 
@@ -290,7 +280,7 @@ for label, zero_star in (("HeliosPyramidPipeline", False), ("HeliosPyramidPipeli
             build,
             "HeliosPyramidPipeline",
             **HELIOS,
-            scheduler=diffusers.HeliosScheduler,
+            scheduler=helios_scheduler,
             is_cfg_zero_star=zero_star,
         ),
         call_pyramid,

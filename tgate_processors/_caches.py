@@ -1,8 +1,8 @@
 """Running beside caches that keep what blocks of the denoiser put out: diffusers' own (0.42) and cache-dit (1.5).
 
 What they keep fits the batch and the branches that it was kept for, so it is let go where these change: at the gate,
-at looks, and when a run begins. The step that stores cross-attention is evaluated whole: a block that is skipped keeps
-nothing. The pipeline is in the caches' context then, which goes on.
+at looks, and after a run that ends with one branch, or too early. The step that stores cross-attention is evaluated
+whole: a block that is skipped keeps nothing. The pipeline is in the caches' context then, which goes on.
 """
 
 import copy
@@ -38,10 +38,15 @@ class Caches:
         if call:
             return
         last, self._mode = self._mode, mode
+        begins = last is None
+        # A pipeline of several loops begins each with what the last has kept: so does this, with both branches.
+        had_one_branch, had_batch = (False, batch) if begins else (last.phase.has_one_branch, self._batch)
         stores = self._has_cross_attention and mode.cross_attention.stores and mode is not last
-        if last is None or batch != self._batch or mode.phase.has_one_branch != last.phase.has_one_branch or stores:
-            _reset_hooks(self._denoiser, begins=last is None)
-            _reset_dit(self._denoiser, begins=last is None)
+        changes = batch != had_batch or mode.phase.has_one_branch != had_one_branch or stores
+        if changes:
+            _reset_hooks(self._denoiser, begins=begins)
+        if changes or begins:
+            _reset_dit(self._denoiser, begins=begins)
         self._batch = batch
 
     def left_out(self) -> None:
@@ -58,9 +63,12 @@ class Caches:
         """Never: which blocks were computed is not known."""
         return False
 
-    def forget(self) -> None:
-        """Let go what diffusers' caches keep of one branch. cache-dit's is read after the run, for its summary."""
-        if self._mode is not None and self._mode.phase.has_one_branch:
+    def forget(self, *, ended: bool) -> None:
+        """Let go what diffusers' caches keep of one branch, or of a run that was cut short.
+
+        cache-dit's is read after the run, for its summary.
+        """
+        if self._mode is not None and (self._mode.phase.has_one_branch or not ended):
             _reset_hooks(self._denoiser, begins=True)
 
 

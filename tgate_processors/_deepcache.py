@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tgate_processors._interception import attributes_restored
 from tgate_processors._modes import StepMode
 from tgate_processors._validation import require_whole
 from tgate_processors.errors import MissingPackageError, StateError
@@ -52,15 +53,12 @@ def enabled(helper: Any) -> Iterator[None]:
         raise StateError(
             "`pipe` must not have DeepCache enabled already, got an enabled helper. Call its `disable()` first."
         )
-    before = {module: vars(module).get("forward") for module in denoiser.modules()}
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-        for module, forward in before.items():  # `disable` leaves an attribute where there was none
-            if forward is None:
-                vars(module).pop("forward", None)
+    with attributes_restored(denoiser, "forward"):  # `disable` leaves one where there was none
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
 
 
 class DeepFeatures:
@@ -78,7 +76,7 @@ class DeepFeatures:
     def before(self, batch: int, mode: StepMode, call: int) -> None:
         """Make the next evaluation a full one, where the batch changes and where attention is stored."""
         if batch != self._batch or (mode.cross_attention.stores and mode is not self._mode):
-            self.forget()
+            self._forget()
         self._batch, self._mode = batch, mode
 
     def left_out(self) -> None:
@@ -89,7 +87,11 @@ class DeepFeatures:
         since = self._helper.cur_timestep - self._helper.start_timestep
         return bool(since % self._helper.params["cache_interval"])
 
-    def forget(self) -> None:
+    def forget(self, *, ended: bool) -> None:
+        """Let the deep features go."""
+        self._forget()
+
+    def _forget(self) -> None:
         """Let the deep features go: DeepCache's interval begins anew with the next evaluation."""
         self._helper.cached_output.clear()
         self._helper.start_timestep = None

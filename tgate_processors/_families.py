@@ -195,24 +195,9 @@ REFUSED = {
         StableDiffusionAttendAndExcitePipeline StableDiffusionPix2PixZeroPipeline
         """,
     ),
-    **_named(
-        "it evaluates the denoiser for each view of a step, one after the other",
-        """
-        StableDiffusionPanoramaPipeline
-        """,
-    ),
-    **_named(
-        "it denoises many steps in one batch",
-        """
-        StableDiffusionParadigmsPipeline
-        """,
-    ),
-    **_named(
-        "it evaluates the denoiser again on a blurred picture in every step",
-        """
-        StableDiffusionSAGPipeline
-        """,
-    ),
+    "StableDiffusionPanoramaPipeline": "it evaluates the denoiser for each view of a step, one after the other",
+    "StableDiffusionParadigmsPipeline": "it denoises many steps in one batch",
+    "StableDiffusionSAGPipeline": "it evaluates the denoiser again on a blurred picture in every step",
     **_named(
         "its frames are at different steps of denoising",
         """
@@ -276,58 +261,24 @@ REFUSED = {
         AudioLDMPipeline MusicLDMPipeline
         """,
     ),
-    **_named(
-        "it keeps keys and values of both branches from one chunk of frames to the next",
-        """
-        AnyFlowFARPipeline
-        """,
-    ),
-    **_named(
-        "it denoises in stages, each a loop of its own of few steps",
-        """
-        HeliosPyramidPipeline
-        """,
-    ),
-    **_named(
-        "it refines the video of another pipeline, without guidance",
-        """
-        SanaWMLTX2Refiner
-        """,
-    ),
+    "AnyFlowFARPipeline": "it keeps keys and values of both branches from one chunk of frames to the next",
+    "HeliosPyramidPipeline": "it denoises in stages, each a loop of its own of few steps",
+    "SanaWMLTX2Refiner": "it refines the video of another pipeline, without guidance",
     **_named(
         "its loops have schedulers of their own, and none is `pipe.scheduler`",
         """
         UnCLIPImageVariationPipeline UnCLIPPipeline
         """,
     ),
-    **_named(
-        "its negative branch is fresh noise in every step",
-        """
-        UniDiffuserPipeline
-        """,
+    "UniDiffuserPipeline": "its negative branch is fresh noise in every step",
+    "StableDiffusionGLIGENTextImagePipeline": (
+        "it evaluates the denoiser twice in a step, with its grounding and without"
     ),
-    **_named(
-        "it evaluates the denoiser twice in a step, with its grounding and without",
-        """
-        StableDiffusionGLIGENTextImagePipeline
-        """,
+    "VersatileDiffusionDualGuidedPipeline": (
+        "it does not run in diffusers 0.42, whose blocks do not take its arguments"
     ),
-    **_named(
-        "it does not run in diffusers 0.42, whose blocks do not take its arguments",
-        """
-        VersatileDiffusionDualGuidedPipeline
-        """,
+    "LTXI2VLongMultiPromptPipeline": (
+        "it hands its callback other latents than it takes back, so that none can be passed"
     ),
-    **_named(
-        "it hands its callback other latents than it takes back, so that none can be passed",
-        """
-        LTXI2VLongMultiPromptPipeline
-        """,
-    ),
-    **_named(
-        "its negative branch is a network of its own, with a sequence of another length",
-        """
-        Ideogram4Pipeline
-        """,
-    ),
+    "Ideogram4Pipeline": "its negative branch is a network of its own, with a sequence of another length",
 }

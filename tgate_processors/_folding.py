@@ -20,9 +20,14 @@ def sample_of(inputs: Inputs) -> Batch:
     """The noisy sample among a denoiser's positional and keyword arguments: `(batch, ...)`, or a list of pictures."""
     args, kwargs = inputs
     named = (kwargs.get(name) for name in ("sample", "hidden_states", "vision_tokens"))
-    given = [value for value in (*args, *named, *kwargs.values()) if tensors_in(value)]
-    sample: Batch = next((value for value in given if tensors_in(value)[0].is_floating_point()), given[0])
-    return sample
+    others: list[Batch] = []  # such as indices: the sample where there is nothing else
+    for value in (*args, *named, *kwargs.values()):
+        tensors = tensors_in(value)
+        if tensors and tensors[0].is_floating_point():
+            sample: Batch = value
+            return sample
+        others += [value] if tensors else []
+    return others[0]
 
 
 def batch_of(inputs: Inputs) -> int:
@@ -100,7 +105,7 @@ class _Half:
 
     batch: int
     first: bool
-    in_lists: bool = False
+    in_lists: bool
 
     def named(self, name: str, value: Any) -> Any:
         """The half of a keyword argument."""
@@ -205,20 +210,16 @@ def has_lists(output: Any) -> bool:
 
 def as_tensors(output: Any) -> Any:
     """The output of a network with a tensor `(batch, ...)` for each list of pictures."""
-    return _map_lists(torch.stack, output)
+    if isinstance(output, list):
+        return torch.stack(output)
+    if isinstance(output, Mapping):
+        return _like(output, {key: as_tensors(item) for key, item in output.items()})
+    return tuple(map(as_tensors, output)) if isinstance(output, tuple) else output
 
 
 def as_lists(output: Any) -> Any:
     """Undo `as_tensors`."""
     return map_tensors(lambda tensor: list(tensor.unbind()), output)  # type: ignore[arg-type, return-value]
-
-
-def _map_lists(change: Callable[[list[torch.Tensor]], Any], value: Any) -> Any:
-    if isinstance(value, list):
-        return change(value)
-    if isinstance(value, Mapping):
-        return _like(value, {key: _map_lists(change, item) for key, item in value.items()})
-    return tuple(_map_lists(change, item) for item in value) if isinstance(value, tuple) else value
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

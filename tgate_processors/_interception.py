@@ -8,7 +8,8 @@ that class, and comes off also where another class has been put over it since.
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,17 @@ def release(module: torch.nn.Module) -> None:
     for above in mro:  # FSDP and parametrizations make a class of the module's own, over this one
         if ours in above.__bases__:
             above.__bases__ = tuple(below if base is ours else base for base in above.__bases__)
+
+
+@contextmanager
+def attributes_restored(network: torch.nn.Module, *names: str) -> Iterator[None]:
+    """Afterwards no module of the network has an attribute of these names of its own that had none before."""
+    absent = [(module, name) for module in network.modules() for name in names if vars(module).get(name) is None]
+    try:
+        yield
+    finally:
+        for module, name in absent:
+            vars(module).pop(name, None)
 
 
 def _set_class(module: torch.nn.Module, cls: type) -> None:

@@ -45,7 +45,7 @@ class PipelineRun(Run):
     """
 
     def __init__(self, pipe: Any, config: TGateConfig, first: int | None) -> None:
-        super().__init__(config, pipelines.step_clock(pipe))
+        super().__init__(config, pipelines.step_clock(pipe, first))
         self.timesteps = pipe.scheduler.timesteps
         self.is_seen = first is not None
         self.first = first or 0
@@ -125,7 +125,9 @@ class Loop:
         """
         run, now = self.run, self.pipe.scheduler.timesteps
         if position_in(timestep, now) is None:
-            timestep = local_of(self.pipe, "t")  # what it was converted from, as diffusers' loops name it
+            # what it was converted from, as diffusers' loops name it
+            variables = (local_of(self.pipe, name) for name in ("t", "timestep"))
+            timestep = next((value for value in variables if value is not None), None)
         self._check_is_not_overtaken(timestep)
         if run is not None and not run.is_over:
             position = position_in(timestep, run.timesteps)
@@ -305,12 +307,6 @@ class Loop:
         part = run.parts.get(network.layers)
         if part is None:
             is_denoiser = network in self.denoisers
-            other_cache: OtherCache | None
-            if self.deepcache is not None and is_denoiser:
-                other_cache = DeepFeatures(self.deepcache)
-            else:
-                has_cross_attention = bool(network.layers.cross_attention)
-                other_cache = caches_of(network.module, has_cross_attention=has_cross_attention)
             part = run.parts[network.layers] = Part(
                 run,
                 network.layers,
@@ -318,10 +314,15 @@ class Loop:
                 watched=self._watched(network) if is_denoiser else (),
                 decides=not self._watches_all,
                 is_denoiser=is_denoiser,
-                other_cache=other_cache,
+                other_cache=self._other_cache(network, is_denoiser),
                 processors=network.processors,
             )
         return part
+
+    def _other_cache(self, network: GatedNetwork, is_denoiser: bool) -> OtherCache | None:
+        if self.deepcache is not None and is_denoiser:
+            return DeepFeatures(self.deepcache)
+        return caches_of(network.module, has_cross_attention=bool(network.layers.cross_attention))
 
     def _strategy(self, is_denoiser: bool) -> Whole:
         guidance = self._family.guidance

@@ -1,8 +1,7 @@
 """What a pipeline offers to a gate: its networks, its callback, its guidance, the length of its loop."""
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, cast
 
 import torch
@@ -114,7 +113,10 @@ def _networks(pipe: Any, names: Iterable[str]) -> list[torch.nn.Module]:
 
 
 def side_networks_of(pipe: Any) -> Iterator[torch.nn.Module]:
-    """The networks with cross-attention that the loop evaluates beside the denoiser: ControlNets."""
+    """The networks that the loop evaluates beside the denoiser and that are gated with it: ControlNets.
+
+    Those with cross-attention, and those whose batch is two halves.
+    """
     controlnet = getattr(pipe, "controlnet", None)
     if not isinstance(controlnet, torch.nn.Module) or type(controlnet).__name__ == "ControlNetXSAdapter":
         return  # the adapter's layers are the denoiser's
@@ -128,8 +130,13 @@ def takes_callback(pipe: Any) -> bool:
     return "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
 
 
-def step_clock(pipe: Any) -> StepClock:
-    """The loop that the pipeline is about to run, asked at its first evaluation."""
+def step_clock(pipe: Any, first: int | None) -> StepClock:
+    """The loop that the pipeline is about to run, asked at its first evaluation.
+
+    Args:
+        pipe: The pipeline.
+        first: Which of the scheduler's timesteps that evaluation is of, if known.
+    """
     scheduler = pipe.scheduler
     num_timesteps = len(scheduler.timesteps)
     order = getattr(scheduler, "order", 1)
@@ -138,7 +145,7 @@ def step_clock(pipe: Any) -> StepClock:
     loop = local_of(pipe, "timesteps")
     if isinstance(loop, torch.Tensor) and loop.stride() == (0,):
         loop = None  # DiT's is the timestep of the step, for each row
-    begins_at = getattr(scheduler, "begin_index", None) or 0
+    begins_at = first or getattr(scheduler, "begin_index", None) or 0
     num_evaluations = len(loop) if isinstance(loop, Sized) else num_timesteps - begins_at
     if isinstance(scheduler, DDPMWuerstchenScheduler) and num_evaluations == num_timesteps:
         num_evaluations -= 1  # its last timestep is where the loop ends
@@ -152,16 +159,10 @@ def does_guidance(pipe: Any, guidance: Guidance) -> bool | None:
         return False  # perturbed-attention guidance adds a part
     if guidance in (Guidance.CALLS, Guidance.NONE):
         return False
-    if "apply_cfg" in _variables_of(type(pipe).__call__):
+    if "apply_cfg" in inspect.unwrap(type(pipe).__call__).__code__.co_varnames:
         return cast(bool, local_of(pipe, "apply_cfg"))  # it does guidance in some steps
     name = "do_classifier_free_guidance"  # a property, or in older pipelines a variable of `__call__`
     does = getattr(pipe, name, None)
     if does is None:
         does = local_of(pipe, name)
     return None if does is None else bool(does)
-
-
-@functools.cache
-def _variables_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a function's variables."""
-    return tuple(inspect.unwrap(function).__code__.co_varnames)

@@ -12,7 +12,7 @@ from tgate_processors import _pipelines as pipelines
 from tgate_processors._caches import check_drops_no_guidance
 from tgate_processors._callers import NotTheLoop
 from tgate_processors._deepcache import is_enabled
-from tgate_processors._families import Guidance
+from tgate_processors._families import Family, Guidance
 from tgate_processors._installation import is_gated
 from tgate_processors._interception import interceptor_of
 from tgate_processors._layers import check_has_cross_attention, check_merges_no_cross_attention, cross_attention_layers
@@ -101,11 +101,11 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
         raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
     pipelines.check_is_not_refused(pipe)
     pipelines.check_guider(pipe)
-    guidance = pipelines.family_of(pipe).guidance
+    family = pipelines.family_of(pipe)
     denoisers = pipelines.denoisers_of(pipe)
     if not any(map(cross_attention_layers, denoisers)):
-        _check_can_drop_guidance_alone(pipe, config, guidance)
-    _check_has_guidance(pipe, config, guidance)
+        _check_can_drop_guidance_alone(pipe, denoisers[0], config, family.guidance)
+    _check_has_guidance(pipe, config, family)
     for denoiser in denoisers:
         check_merges_no_cross_attention(denoiser)
         _check_is_free(denoiser, pipe)
@@ -117,9 +117,10 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
         check_drops_no_guidance(denoiser)
 
 
-def _check_can_drop_guidance_alone(pipe: Any, config: TGateConfig, guidance: Guidance) -> None:
+def _check_can_drop_guidance_alone(
+    pipe: Any, denoiser: torch.nn.Module, config: TGateConfig, guidance: Guidance
+) -> None:
     """Where no denoiser has cross-attention of its own."""
-    denoiser = pipelines.denoisers_of(pipe)[0]
     if isinstance(pipe, ModularPipeline) and guidance is Guidance.NONE:
         raise UnsupportedPipelineError(
             f"`pipe` must have a guider, or a denoiser with cross-attention, got a {type(pipe).__name__} without "
@@ -146,14 +147,14 @@ def _check_can_drop_guidance_alone(pipe: Any, config: TGateConfig, guidance: Gui
         )
 
 
-def _check_has_guidance(pipe: Any, config: TGateConfig, guidance: Guidance) -> None:
-    name = type(pipe).__name__
+def _check_has_guidance(pipe: Any, config: TGateConfig, family: Family) -> None:
+    name, guidance = type(pipe).__name__, family.guidance
     if config.look_interval is not None and guidance is Guidance.NONE:
         raise ConfigError(
             f"`look_interval` must be None for {name}, which does no guidance that could be kept between looks, got "
             f"{config.look_interval}. Leave it out."
         )
-    if config.guidance_start and pipelines.family_of(pipe).begins_guided:
+    if config.guidance_start and family.begins_guided:
         raise ConfigError(
             f"`guidance_start` must be 0 for {name}, whose first step keeps keys and values of both branches for the "
             f"later ones, got {config.guidance_start}. Leave it out."

@@ -29,8 +29,8 @@ class OtherCache(Protocol):
     def was_shallow(self) -> bool:
         """Whether the last evaluation left layers out."""
 
-    def forget(self) -> None:
-        """Forget everything: the run is over."""
+    def forget(self, *, ended: bool) -> None:
+        """Forget what does not fit another run: this one is over, at its last evaluation (`ended`) or before it."""
 
 
 class Run:
@@ -343,7 +343,7 @@ class Part:
         self._answer = None
         self.strategy = Whole()
         if self._other_cache is not None:
-            self._other_cache.forget()
+            self._other_cache.forget(ended=self.run.position >= self.run.clock.num_evaluations - 1)
 
 
 def _check_rows(call: Call, output: Any) -> None:

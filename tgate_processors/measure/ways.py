@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
-from diffusers.hooks import apply_pyramid_attention_broadcast
+from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
 
 from tgate_processors import _deepcache as deepcache
 from tgate_processors._folding import batch_of, double, take_half
-from tgate_processors._interception import intercept, release
+from tgate_processors._interception import attributes_restored, intercept, release
 from tgate_processors._pipelines import denoisers_of, takes_callback
 from tgate_processors.errors import ConfigError, MissingPackageError
 from tgate_processors.handle import apply_tgate
@@ -158,24 +158,18 @@ def pyramid_attention_broadcast(config: TGateConfig | None = None) -> Way:
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
         denoiser = denoisers_of(pipe)[0]
-        names = ("_diffusers_hook", "forward")  # a hook that is taken off leaves both
-        before = {module: [vars(module).get(name) for name in names] for module in denoiser.modules()}
         settings = PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
             cross_attention_block_skip_range=5,
             current_timestep_callback=lambda: 500,  # so that it is on in every step
         )
-        apply_pyramid_attention_broadcast(denoiser, settings)
-        try:
-            with _gated_or_not(pipe, config) as changes:
-                yield changes
-        finally:
-            for module, values in before.items():
-                if "_diffusers_hook" in vars(module):
-                    vars(module)["_diffusers_hook"].remove_hook("pyramid_attention_broadcast", recurse=False)
-                for name, value in zip(names, values, strict=True):
-                    if value is None:
-                        vars(module).pop(name, None)
+        with attributes_restored(denoiser, "_diffusers_hook", "forward"):  # a hook that is taken off leaves both
+            apply_pyramid_attention_broadcast(denoiser, settings)
+            try:
+                with _gated_or_not(pipe, config) as changes:
+                    yield changes
+            finally:
+                HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook("pyramid_attention_broadcast")
 
     return Way(_named("PyramidAttentionBroadcast", config), on)
 

@@ -1,0 +1,72 @@
+"""The demo's PixArt-alpha: stock classes throughout, only small, with the autoencoder of the demo's Stable Diffusion.
+
+Everything here is a function of its arguments, so that training builds exactly what the package ships.
+"""
+
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from tgate_processors.demo.model import LATENT_CHANNELS, SCALE, TOKENS, WIDTH
+from tgate_processors.demo.world import RESOLUTION, WORDS
+
+
+HEAD_WIDTH = 32  # channels
+
+
+def build_tokenizer() -> T5Tokenizer:
+    """T5's unigram tokenizer with a vocabulary of this world's words, one token for each."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -1.0) for word in WORDS]  # the mark stands for the space before it
+    return T5Tokenizer(vocab=[*special, *words], extra_ids=0, model_max_length=TOKENS)
+
+
+def build_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=WIDTH,
+            d_kv=24,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+
+
+def build_transformer(num_attention_heads: int = 6, num_layers: int = 6) -> PixArtTransformer2DModel:
+    """64 patches of 2 x 2 latents; every block attends to the caption."""
+    return PixArtTransformer2DModel(
+        sample_size=RESOLUTION // SCALE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,  # PixArt's own has twice as many: the pipeline ignores its learned variance
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=HEAD_WIDTH,
+        num_layers=num_layers,
+        cross_attention_dim=num_attention_heads * HEAD_WIDTH,
+        caption_channels=WIDTH,
+    )
+
+
+def build_scheduler() -> DPMSolverMultistepScheduler:
+    """PixArt's solver, at Stable Diffusion's noise levels; the network predicts the velocity."""
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+
+
+def build_pipeline(
+    vae: AutoencoderKL, text_encoder: T5EncoderModel, transformer: PixArtTransformer2DModel
+) -> PixArtAlphaPipeline:
+    return PixArtAlphaPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=build_scheduler(),
+    )
