@@ -38,15 +38,14 @@ class Caches:
         if call:
             return
         last, self._mode = self._mode, mode
-        begins = last is None
         # A pipeline of several loops begins each with what the last has kept: so does this, with both branches.
-        had_one_branch, had_batch = (False, batch) if begins else (last.phase.has_one_branch, self._batch)
+        had_one_branch, had_batch = (False, batch) if last is None else (last.phase.has_one_branch, self._batch)
         stores = self._has_cross_attention and mode.cross_attention.stores and mode is not last
         changes = batch != had_batch or mode.phase.has_one_branch != had_one_branch or stores
         if changes:
-            _reset_hooks(self._denoiser, begins=begins)
-        if changes or begins:
-            _reset_dit(self._denoiser, begins=begins)
+            _reset_hooks(self._denoiser, begins=last is None)
+        if changes or last is None:
+            _reset_dit(self._denoiser, begins=last is None)
         self._batch = batch
 
     def left_out(self) -> None:
