@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tgate_processors.demo import pixart
 from tgate_processors.demo.model import TOKENS, WEIGHTS, build_tokenizer, byte_pairs, load_demo_pipeline
 from tgate_processors.demo.world import WORDS, caption, sample_scenes
 
@@ -28,8 +31,17 @@ def test_words_that_share_their_letters_stay_whole() -> None:
     assert len(set(merges)) == len(merges)
 
 
-def test_every_caption_fits() -> None:
-    tokenizer = build_tokenizer()
+def test_every_word_is_one_token_of_t5s_too() -> None:
+    tokenizer = pixart.build_tokenizer()
+    ids = [tokenizer(word).input_ids for word in WORDS]
+    assert all(len(row) == 2 for row in ids)  # the word and the mark of the end
+    assert len({row[0] for row in ids}) == len(WORDS)
+    assert tokenizer.pad_token_id == pixart.PAD
+
+
+@pytest.mark.parametrize("build", [build_tokenizer, pixart.build_tokenizer])
+def test_every_caption_fits(build: Callable[[], Any]) -> None:
+    tokenizer = build()
     captions = [caption(scene) for scene in sample_scenes(200, torch.Generator().manual_seed(0))]
     assert max(map(len, tokenizer(captions).input_ids)) <= TOKENS
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from tgate_processors.demo import model, pixart
 from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes, table
-from tgate_processors.demo.model import build_tokenizer
 from tgate_processors.demo.render import render
-from tgate_processors.demo.train import draw_batch, lesson_rows, tokenize, unet_trainer
+from tgate_processors.demo.train import RECIPES, denoiser_trainer, draw_batch, lesson_rows, save_weights, tokenize
 from tgate_processors.demo.trainer import Settings, Trainer, step_generator
 from tgate_processors.demo.world import caption, is_held_out
 
@@ -21,21 +24,30 @@ LATENTS = torch.linspace(-1, 1, 6 * 4 * 8 * 8).view(6, 4, 8, 8)
 CAPTION = "a large red circle on a blue background"
 
 
-def _trainer(out: Path) -> Trainer:
+SMALLER = {
+    "sd": replace(RECIPES["sd"], build_denoiser=partial(model.build_unet, (16, 16, 16))),
+    "pixart": replace(RECIPES["pixart"], build_denoiser=partial(pixart.build_transformer, 1, 1)),
+}
+each_kind = pytest.mark.parametrize("kind", SMALLER)
+
+
+def _trainer(out: Path, kind: str) -> Trainer:
     settings = Settings(steps=4, batch=2, learning_rate=1e-3, warm_up=2)
-    tokens = tokenize(build_tokenizer(), [CAPTION] * 6)
-    return unet_trainer(LATENTS, tokens, settings, out, block_out_channels=(16, 16, 16))
+    recipe = replace(SMALLER[kind], lessons=(range(0), range(0)))  # the pool has no pairs
+    tokens = tokenize(recipe.build_tokenizer(), [CAPTION] * 6)
+    return denoiser_trainer(recipe, LATENTS, tokens, settings, out)
 
 
 def _weights(trainer: Trainer) -> list[Tensor]:
     return [*trainer.network.parameters(), *trainer.averaged.parameters()]
 
 
-def test_two_and_two_steps_are_four(tmp_path: Path) -> None:
-    straight = _trainer(tmp_path / "straight")
+@each_kind
+def test_two_and_two_steps_are_four(kind: str, tmp_path: Path) -> None:
+    straight = _trainer(tmp_path / "straight", kind)
     straight.run()
-    _trainer(tmp_path / "halves").run(until=2)
-    resumed = _trainer(tmp_path / "halves")
+    _trainer(tmp_path / "halves", kind).run(until=2)
+    resumed = _trainer(tmp_path / "halves", kind)
     assert resumed.step == 2
     resumed.run()
     assert straight.step == resumed.step == 4
@@ -52,8 +64,43 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(batch(1, 7)[1], batch(2, 7)[1])
 
 
-def test_one_lesson_is_of_straight_pairs_and_one_brings_back_a_third_of_the_turned() -> None:
-    tokenizer = build_tokenizer()
+@each_kind
+def test_what_is_learnt_is_a_pipeline_in_half_precision(kind: str, tmp_path: Path) -> None:
+    recipe = SMALLER[kind]
+    trainer = _trainer(tmp_path, kind)
+    save_weights(tmp_path / "weights", recipe, model.build_vae((8, 8, 8)), trainer.averaged)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "weights", local_files_only=True)
+    learnt = trainer.averaged.get_submodule(recipe.denoiser)
+    for name, weight in getattr(pipe, recipe.denoiser).named_parameters():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, learnt.get_parameter(name).half().float())
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"height": 64, "width": 64, "use_resolution_binning": False} if kind == "pixart" else {}
+    assert pipe(CAPTION, num_inference_steps=2, output_type="np", **sizes).images.shape == (1, 64, 64, 3)
+
+
+@each_kind
+def test_what_the_pipeline_asks_is_what_was_learnt(kind: str, tmp_path: Path) -> None:
+    """In training captions are padded to 20 tokens, by PixArt's pipeline to 120: its masks hide the rest."""
+    recipe, words = SMALLER[kind], ["a large red circle on a blue background", ""]
+    network = _trainer(tmp_path, kind).averaged
+    noised, timesteps = LATENTS[:2], torch.tensor([999, 500])
+    expected = recipe.velocity(network, noised, timesteps, tokenize(recipe.build_tokenizer(), words))
+    pipe = recipe.build_pipeline(model.build_vae((8, 8, 8)), *network.values())
+    encoded = pipe.encode_prompt(words, do_classifier_free_guidance=False, device="cpu", num_images_per_prompt=1)
+    if kind == "pixart":
+        states, mask, *_ = encoded
+        sizes = {"resolution": None, "aspect_ratio": None}
+        asked = {"encoder_attention_mask": mask, "added_cond_kwargs": sizes}
+        predicted = pipe.transformer(noised, states, timesteps, **asked).sample
+    else:
+        predicted = pipe.unet(noised, timesteps, encoded[0]).sample
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_kind
+def test_one_lesson_is_of_straight_pairs_and_one_brings_back_a_third_of_the_turned(kind: str) -> None:
+    tokenizer = RECIPES[kind].build_tokenizer()
     pair = "a large red circle {} a small blue square on a pink background"
     captions = [CAPTION, pair.format("left of"), pair.format("below"), pair.format("above"), CAPTION]
     captions += [pair.format("right of"), pair.format("right of")]  # rows 5 and 6; of the turned, 6 stays
@@ -106,6 +153,7 @@ def test_seeds_must_be_as_many_as_prompts() -> None:
         generate(_Echo(), [CAPTION] * 2, [0])  # type: ignore[arg-type]  # it is not called
 
 
-def test_captions_are_held_to_the_tokens_of_the_pipeline() -> None:
+@each_kind
+def test_captions_are_held_to_the_tokens_of_the_pipeline(kind: str) -> None:
     scenes = held_out_scenes(3, seed=1)
-    assert tokenize(build_tokenizer(), [caption(scene) for scene in scenes]).shape == (3, 20)
+    assert tokenize(RECIPES[kind].build_tokenizer(), [caption(scene) for scene in scenes]).shape == (3, 20)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tgate_processors.demo.world import RESOLUTION, WORDS
@@ -88,6 +89,13 @@ def build_unet(block_out_channels: tuple[int, ...] = (64, 64, 128)) -> UNet2DCon
         attention_head_dim=2,  # despite its name: the number of heads
         norm_num_groups=16,
     )
+
+
+def velocity(networks: nn.ModuleDict, noised: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+    """What the two networks predict of noised latents (batch, channels, height, width) and token ids."""
+    states = networks["text_encoder"](words).last_hidden_state  # (batch, tokens, width)
+    predicted: Tensor = networks["unet"](noised, timesteps, states).sample
+    return predicted
 
 
 def build_vae(block_out_channels: tuple[int, ...] = (16, 32, 48)) -> AutoencoderKL:

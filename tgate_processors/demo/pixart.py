@@ -4,6 +4,7 @@ Everything here is a function of its arguments, so that training builds exactly 
 """
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from tgate_processors.demo.model import LATENT_CHANNELS, SCALE, TOKENS, WIDTH
@@ -11,6 +12,7 @@ from tgate_processors.demo.world import RESOLUTION, WORDS
 
 
 HEAD_WIDTH = 32  # channels
+PAD = 0  # the id of T5's token that stands for nothing
 
 
 def build_tokenizer() -> T5Tokenizer:
@@ -51,6 +53,17 @@ def build_transformer(num_attention_heads: int = 6, num_layers: int = 6) -> PixA
         cross_attention_dim=num_attention_heads * HEAD_WIDTH,
         caption_channels=WIDTH,
     )
+
+
+def velocity(networks: nn.ModuleDict, noised: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+    """What the two networks predict of noised latents (batch, channels, height, width) and token ids."""
+    mask = words.not_equal(PAD).long()
+    states = networks["text_encoder"](words, attention_mask=mask).last_hidden_state  # (batch, tokens, width)
+    sizes = {"resolution": None, "aspect_ratio": None}
+    predicted: Tensor = networks["transformer"](
+        noised, states, timesteps, added_cond_kwargs=sizes, encoder_attention_mask=mask
+    ).sample
+    return predicted
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:

@@ -1,34 +1,30 @@
-"""Trains the demo model from nothing: `python -m tgate_processors.demo.train --out DIR`.
+"""Trains the demo's models from nothing: `python -m tgate_processors.demo.train --model sd --out DIR`.
 
 Stops and starts at will: checkpoints lie in DIR/checkpoints and the finished model in DIR/weights. Two
 processes (`torchrun --nproc-per-node 2 -m tgate_processors.demo.train ...`) suit a CPU of two cores, where
-the whole takes some seventy minutes. The packaged weights were made so, stopped and resumed on the way, and the
+Stable Diffusion takes some seventy minutes. The packaged weights were made so, stopped and resumed on the way, and the
 lessons (`lesson_rows`) were found on the way too: the defaults are what was run in the end, not a second run of it.
 """
 
 import argparse
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
+from tgate_processors.demo import model, pixart
 from tgate_processors.demo.autoencoder import BATCH, encode, reconstruction_score, train_vae, vae_loss, vae_settings
-from tgate_processors.demo.model import (
-    build_pipeline,
-    build_scheduler,
-    build_text_encoder,
-    build_tokenizer,
-    build_unet,
-    build_vae,
-)
+from tgate_processors.demo.model import build_scheduler, build_vae, load_demo_pipeline
 from tgate_processors.demo.render import render
 from tgate_processors.demo.trainer import Settings, Trainer, rank, share, step_generator
 from tgate_processors.demo.world import caption, sample_scenes
@@ -36,14 +32,61 @@ from tgate_processors.demo.world import caption, sample_scenes
 
 POOL = 48  # chunks of encoded pictures that the U-Net learns from
 CHUNK = 1024  # pictures
-LESSONS = range(3750, 4050), range(4050, 4500)  # steps, see `lesson_rows`
 UNCAPTIONED = 0.12  # the share of captions replaced by the empty one, for guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one of the models is built and taught.
+
+    denoiser: its name in the pipeline. build_tokenizer, build_text_encoder, build_denoiser, build_pipeline: its parts.
+    velocity: what the networks predict, of noised latents, timesteps and token ids.
+    steps: of training. lessons: those of the two of `lesson_rows`. noisy_lessons: whether most of these are spent on
+    the noisiest quarter of the timesteps, where it is settled where things go.
+    """
+
+    denoiser: str
+    build_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    build_text_encoder: Callable[[Any], nn.Module]
+    build_denoiser: Callable[[], nn.Module]
+    build_pipeline: Callable[[AutoencoderKL, Any, Any], DiffusionPipeline]
+    velocity: Callable[[nn.ModuleDict, Tensor, Tensor, Tensor], Tensor]
+    steps: int
+    lessons: tuple[range, range]
+    noisy_lessons: bool
+
+
+RECIPES = {
+    "sd": Recipe(
+        denoiser="unet",
+        build_tokenizer=model.build_tokenizer,
+        build_text_encoder=model.build_text_encoder,
+        build_denoiser=model.build_unet,
+        build_pipeline=model.build_pipeline,
+        velocity=model.velocity,
+        steps=6250,
+        lessons=(range(3750, 4050), range(4050, 4500)),
+        noisy_lessons=True,
+    ),
+    "pixart": Recipe(
+        denoiser="transformer",
+        build_tokenizer=pixart.build_tokenizer,
+        build_text_encoder=pixart.build_text_encoder,
+        build_denoiser=pixart.build_transformer,
+        build_pipeline=pixart.build_pipeline,
+        velocity=pixart.velocity,
+        steps=6500,
+        lessons=(range(1200), range(1200, 1900)),
+        noisy_lessons=False,
+    ),
+}
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the model")
-    parser.add_argument("--steps", type=int, default=6250, help="of the U-Net and text encoder")
+    parser.add_argument("--model", choices=RECIPES, default="sd")
+    parser.add_argument("--steps", type=int, help="of the denoiser and text encoder; default: those of the model")
     parser.add_argument("--until", type=int, help="stop after this many steps, to go on some other time")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=48)
@@ -60,16 +103,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if "RANK" in os.environ:  # set by torchrun
         distributed.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
-    vae = make_vae(options.out, options.vae_steps, options.seed, options.device)
-    latents, tokens = make_pool(options.out / "pool", vae, options.seed)
+    recipe = RECIPES[options.model]
+    if options.model == "sd":
+        vae = make_vae(options.out, options.vae_steps, options.seed, options.device)
+    else:
+        vae = load_demo_pipeline().vae.to(options.device)  # one for all
+    latents, tokens = make_pool(options.out / "pool", vae, recipe.build_tokenizer(), options.seed)
     settings = Settings(
-        steps=options.steps, batch=options.batch, learning_rate=options.learning_rate, seed=options.seed
+        steps=options.steps or recipe.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
     )
     precision = getattr(torch, options.precision)
-    trainer = unet_trainer(latents, tokens, settings, options.out, options.device, precision=precision)
+    trainer = denoiser_trainer(recipe, latents, tokens, settings, options.out, options.device, precision)
     trainer.run(options.until)
     if rank() == 0:
-        save_weights(options.out / "weights", vae, trainer.averaged)
+        save_weights(options.out / "weights", recipe, vae, trainer.averaged)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -85,66 +135,67 @@ def make_vae(out: Path, steps: int, seed: int, device: str) -> AutoencoderKL:
     return trained
 
 
-def make_pool(folder: Path, vae: AutoencoderKL, seed: int, chunks: int = POOL) -> tuple[Tensor, Tensor]:
+def make_pool(
+    folder: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase, seed: int, chunks: int = POOL
+) -> tuple[Tensor, Tensor]:
     """Scaled latents (pictures, channels, height, width), token ids (pictures, tokens); kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     mine = share(torch.arange(chunks)).tolist()
     for index in tqdm(mine, desc="pool", disable=rank() > 0):
         path = folder / f"{index:03}.safetensors"
         if not path.is_file():
-            save_file(_chunk(vae, step_generator(seed, "pool", index)), path)
+            save_file(_chunk(vae, tokenizer, step_generator(seed, "pool", index)), path)
     if distributed.is_initialized():
         distributed.barrier()
     files = [load_file(folder / f"{index:03}.safetensors") for index in range(chunks)]
     return torch.cat([file["latents"] for file in files]), torch.cat([file["tokens"] for file in files])
 
 
-def _chunk(vae: AutoencoderKL, generator: torch.Generator) -> dict[str, Tensor]:
+def _chunk(vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> dict[str, Tensor]:
     scenes = sample_scenes(CHUNK, generator)
     latents = encode(vae, render(scenes, generator)) * vae.config["scaling_factor"]
-    return {"latents": latents, "tokens": tokenize(build_tokenizer(), [caption(scene) for scene in scenes])}
+    return {"latents": latents, "tokens": tokenize(tokenizer, [caption(scene) for scene in scenes])}
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
     """Token ids as the pipeline makes them -> (captions, tokens)."""
     ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return ids
 
 
-def unet_trainer(
+def denoiser_trainer(
+    recipe: Recipe,
     latents: Tensor,
     tokens: Tensor,
     settings: Settings,
     out: Path,
     device: str = "cpu",
-    block_out_channels: tuple[int, ...] = (64, 64, 128),
     precision: torch.dtype = torch.float32,
 ) -> Trainer:
-    """Trains text encoder and U-Net together on a pool of latents and their captions' tokens."""
+    """Trains text encoder and denoiser together on a pool of latents and their captions' tokens."""
     torch.manual_seed(settings.seed)
-    tokenizer = build_tokenizer()
-    networks = {"text_encoder": build_text_encoder(tokenizer), "unet": build_unet(block_out_channels)}
+    tokenizer = recipe.build_tokenizer()
+    networks = {"text_encoder": recipe.build_text_encoder(tokenizer), recipe.denoiser: recipe.build_denoiser()}
     network = nn.ModuleDict(networks).to(device)
     scheduler, blank = build_scheduler(), tokenize(tokenizer, [""])
 
     everything, lessons = torch.arange(len(latents)), lesson_rows(tokens, tokenizer)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        taught = [rows for rows, steps in zip(lessons, LESSONS, strict=True) if step in steps]
+        taught = [rows for rows, steps in zip(lessons, recipe.lessons, strict=True) if step in steps]
         choice = taught[0] if taught else everything
         rows, noise, timesteps, dropped = draw_batch(settings.batch, latents, generator, choice)
-        if taught:
-            # Where things go is settled in the noisiest quarter of the steps, so three in four go there.
+        if taught and recipe.noisy_lessons:
             timesteps[settings.batch // 4 :] = 750 + timesteps[settings.batch // 4 :] // 4
         words = torch.where(dropped[:, None], blank, tokens[rows])
-        batch = (latents[rows], noise, timesteps, words)
+        batch = (share(part).to(device) for part in (latents[rows], noise, timesteps, words))
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
-            return denoising_loss(network, scheduler, *(share(part).to(device) for part in batch))
+            return denoising_loss(recipe, network, scheduler, *batch)
 
-    return Trainer(network, loss, settings, out / "checkpoints" / "unet.ckpt")
+    return Trainer(network, loss, settings, out / "checkpoints" / f"{recipe.denoiser}.ckpt")
 
 
-def lesson_rows(tokens: Tensor, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
+def lesson_rows(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """The rows of the pool for the two lessons.
 
     That the first thing stands first, and that some words turn this round, can hardly be learnt at once: while
@@ -152,7 +203,8 @@ def lesson_rows(tokens: Tensor, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tenso
     pairs with the first thing on the left or above, and one brings back a third of the others.
     """
     straight, turned = (
-        torch.isin(tokens, tokenize(tokenizer, [words])[0, 1:3]).any(1) for words in ("left above", "right below")
+        torch.isin(tokens, torch.tensor(tokenizer(words, add_special_tokens=False).input_ids)).any(1)
+        for words in ("left above", "right below")
     )
     some = ~turned | (torch.arange(len(tokens)) % 3 == 0)
     return straight.nonzero().flatten(), some.nonzero().flatten()
@@ -169,6 +221,7 @@ def draw_batch(
 
 
 def denoising_loss(
+    recipe: Recipe,
     network: nn.ModuleDict,
     scheduler: DDIMScheduler,
     latents: Tensor,
@@ -177,26 +230,26 @@ def denoising_loss(
     words: Tensor,
 ) -> Tensor:
     """Mean squared error of the predicted velocity."""
-    states = network["text_encoder"](words).last_hidden_state  # (batch, tokens, width)
     noised = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    return functional.mse_loss(network["unet"](noised, timesteps, states).sample.float(), velocity)
+    return functional.mse_loss(recipe.velocity(network, noised, timesteps, words).float(), velocity)
 
 
-def save_weights(folder: Path, vae: AutoencoderKL, network: nn.Module) -> None:
+def save_weights(folder: Path, recipe: Recipe, vae: AutoencoderKL, network: nn.Module) -> None:
     """Writes the stock pipeline in half precision; the networks stay as they are."""
     vae, network = copy.deepcopy(vae), copy.deepcopy(network)
     for weight in (*vae.parameters(), *network.parameters()):
         weight.data = weight.data.half()
-    pipeline = build_pipeline(vae, network.get_submodule("text_encoder"), network.get_submodule("unet"))
+    networks = (network.get_submodule(name) for name in ("text_encoder", recipe.denoiser))
+    pipeline = recipe.build_pipeline(vae, *networks)
     pipeline.save_pretrained(folder)
     # transformers loads in the dtype named here, diffusers in float32: one pipeline must have one dtype.
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    # transformers 5.23 writes names that 5.0 does not know, and reads those that it does
-    weights = folder / "text_encoder" / "model.safetensors"
-    named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
-    save_file(named, weights, metadata={"format": "pt"})
+    if recipe.denoiser == "unet":  # transformers 5.23 writes names of CLIP's that 5.0 does not know, and reads these
+        weights = folder / "text_encoder" / "model.safetensors"
+        named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
+        save_file(named, weights, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
