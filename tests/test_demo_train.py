@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers import DiffusionPipeline, LCMScheduler
+from peft import PeftModel
+from torch import Tensor, nn
 
-from tgate_processors.demo import model, pixart
+from tgate_processors.demo import distil, model, pixart
 from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes, table
 from tgate_processors.demo.render import render
 from tgate_processors.demo.train import RECIPES, denoiser_trainer, draw_batch, lesson_rows, save_weights, tokenize
@@ -157,3 +159,69 @@ def test_seeds_must_be_as_many_as_prompts() -> None:
 def test_captions_are_held_to_the_tokens_of_the_pipeline(kind: str) -> None:
     scenes = held_out_scenes(3, seed=1)
     assert tokenize(RECIPES[kind].build_tokenizer(), [caption(scene) for scene in scenes]).shape == (3, 20)
+
+
+def _student(out: Path, kind: str) -> tuple[nn.ModuleDict, Trainer]:
+    recipe = SMALLER[kind]
+    torch.manual_seed(0)
+    tokenizer = recipe.build_tokenizer()
+    parts = model.build_vae((8, 8, 8)), recipe.build_text_encoder(tokenizer), recipe.build_denoiser()
+    networks = distil.student(recipe, recipe.build_pipeline(*parts), rank=2, seed=0)
+    settings = Settings(steps=4, batch=2, learning_rate=1e-3, warm_up=2)
+    tokens = tokenize(tokenizer, [CAPTION] * 6)
+    return networks, distil.student_trainer(recipe, networks, LATENTS, tokens, settings, out, guidance=3.0)
+
+
+@each_kind
+def test_distillation_in_two_and_two_steps_is_in_four_and_moves_the_adapter_alone(kind: str, tmp_path: Path) -> None:
+    networks, straight = _student(tmp_path / "straight", kind)
+    before = {name: weight.clone() for name, weight in networks.named_parameters()}
+    straight.run()
+    _student(tmp_path / "halves", kind)[1].run(until=2)
+    _, resumed = _student(tmp_path / "halves", kind)
+    resumed.run()
+    for one, other in zip(_weights(straight), _weights(resumed), strict=True):
+        assert torch.equal(one, other)
+    moved = {name for name, weight in networks.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+@each_kind
+def test_an_adapter_is_a_file_of_its_own(kind: str, tmp_path: Path) -> None:
+    recipe = SMALLER[kind]
+    networks, trainer = _student(tmp_path, kind)
+    trainer.run()
+    distil.save_adapter(tmp_path / "adapter", trainer.averaged)
+    base = copy.deepcopy(networks[recipe.denoiser]).unload()
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    for (name, one), other in zip(trainer.averaged.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one.half() if "lora_" in name else one, other.half() if "lora_" in name else other), name
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_a_student_that_is_consistent_has_no_loss() -> None:
+    """Of latents that are all one picture, a network that knows it sees the same picture from every timestep."""
+    scheduler, picture = model.build_scheduler(), LATENTS[:1].expand(5, -1, -1, -1)
+    timesteps = torch.tensor([19, 39, 499, 979, 999])
+
+    def velocity(networks: Any, noised: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+        kept = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        known = picture[:1].expand_as(noised)
+        return (kept.sqrt() * noised - known) / (1 - kept).sqrt()
+
+    recipe = replace(RECIPES["sd"], velocity=velocity)
+    networks, _ = _student(Path(), "sd")
+    noise, words = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0)), torch.zeros(5, 20).long()
+    loss = distil.consistency_loss(recipe, networks, scheduler, 7.0, words[:1], picture, noise, timesteps, words)
+    assert loss < 1e-6
+
+
+def test_the_timesteps_that_are_learnt_are_those_that_the_scheduler_asks_for() -> None:
+    learnt = {distil.STRIDE * count - 1 for count in range(1, 51)}
+    scheduler = LCMScheduler.from_config(model.build_scheduler().config)
+    for steps in (1, 2, 4, 8):
+        scheduler.set_timesteps(steps)
+        assert set(scheduler.timesteps.tolist()) <= learnt
