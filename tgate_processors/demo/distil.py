@@ -109,8 +109,8 @@ def consistency_loss(
 ) -> Tensor:
     """How far the clean latents that are seen from two neighbouring timesteps are apart: a Huber loss.
 
-    At the first timestep the target is what the teacher sees: the boundary condition. At the others `LCMScheduler` adds
-    less than 1e-5 of the noised latents to what is seen, which is left out here.
+    At the first timestep the target is what the teacher sees: the boundary condition. At the others `LCMScheduler`
+    adds less than 1e-5 of the noised latents to what is seen, which is left out here.
     """
     noised = scheduler.add_noise(latents, noise, timesteps)
     earlier = timesteps - STRIDE
