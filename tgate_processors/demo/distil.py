@@ -7,18 +7,17 @@ with it. Stops and starts as training does. It needs `peft`.
 
 import argparse
 import copy
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tgate_processors.demo.model import WEIGHTS, build_scheduler
 from tgate_processors.demo.train import RECIPES, Recipe, make_pool, tokenize
-from tgate_processors.demo.trainer import Settings, Trainer, rank, share
+from tgate_processors.demo.trainer import Settings, Trainer, add_options, processes, rank, share
 
 
 STRIDE = 20  # timesteps that the teacher goes at once: `LCMScheduler` knows 50 of the 1000
@@ -27,40 +26,29 @@ HUBER = 1e-3  # the distance below which an error counts as its square
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.distil", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the adapter")
+    add_options(parser, steps=1500, batch=24, learning_rate=5e-4)
     parser.add_argument("--model", choices=RECIPES, default="sd")
     parser.add_argument("--teacher", type=Path, default=WEIGHTS, help="folder of the pipeline to learn from")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="the one that is learnt")
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
-    parser.add_argument("--until", type=int, help="stop after this many steps, to go on some other time")
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=32, help="of the adapter")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    if "RANK" in os.environ:  # set by torchrun
-        distributed.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
     recipe = RECIPES[options.model]
-    teacher = DiffusionPipeline.from_pretrained(options.teacher, local_files_only=True, low_cpu_mem_usage=False)
-    teacher.to(options.device)
-    latents, tokens = make_pool(options.out / "pool", teacher.vae, teacher.tokenizer, options.seed)
     settings = Settings(
         steps=options.steps, batch=options.batch, learning_rate=options.learning_rate, seed=options.seed
     )
-    networks = student(recipe, teacher, options.rank, options.seed)
-    trainer = student_trainer(recipe, networks, latents, tokens, settings, options.out, options.guidance_scale)
-    trainer.run(options.until)
-    if rank() == 0:
-        save_adapter(options.out / "adapter", trainer.averaged)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    with processes(options.device, options.threads):
+        teacher = DiffusionPipeline.from_pretrained(options.teacher, local_files_only=True, low_cpu_mem_usage=False)
+        teacher.to(options.device)
+        latents, tokens = make_pool(options.out / "pool", teacher.vae, teacher.tokenizer, options.seed)
+        networks = student(recipe, teacher, options.rank, options.seed)
+        trainer = student_trainer(recipe, networks, latents, tokens, settings, options.out, options.guidance_scale)
+        trainer.run(options.until)
+        if rank() == 0:
+            save_adapter(options.out / "adapter", trainer.averaged)
 
 
 def student(recipe: Recipe, teacher: DiffusionPipeline, rank: int, seed: int) -> nn.ModuleDict:

@@ -8,7 +8,6 @@ lessons (`lesson_rows`) were found on the way too: the defaults are what was run
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from tgate_processors.demo import model, pixart
 from tgate_processors.demo.autoencoder import BATCH, encode, reconstruction_score, train_vae, vae_loss, vae_settings
 from tgate_processors.demo.model import build_scheduler, build_vae, load_demo_pipeline
 from tgate_processors.demo.render import render
-from tgate_processors.demo.trainer import Settings, Trainer, rank, share, step_generator
+from tgate_processors.demo.trainer import Settings, Trainer, add_options, processes, rank, share, step_generator
 from tgate_processors.demo.world import caption, sample_scenes
 
 
@@ -84,44 +83,33 @@ RECIPES = {
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the model")
+    add_options(parser, steps=None, batch=48, learning_rate=1e-3)
     parser.add_argument("--model", choices=RECIPES, default="sd")
-    parser.add_argument("--steps", type=int, help="of the denoiser and text encoder; default: those of the model")
-    parser.add_argument("--until", type=int, help="stop after this many steps, to go on some other time")
-    parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae-steps", type=int, default=2600, help="of the autoencoder, which comes first")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    if "RANK" in os.environ:  # set by torchrun
-        distributed.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
     recipe = RECIPES[options.model]
-    if options.model == "sd":
-        vae = make_vae(options.out, options.vae_steps, options.seed, options.device)
-    else:
-        vae = load_demo_pipeline().vae.to(options.device)  # one for all
-    latents, tokens = make_pool(options.out / "pool", vae, recipe.build_tokenizer(), options.seed)
     settings = Settings(
-        steps=options.steps or recipe.steps,
+        steps=recipe.steps if options.steps is None else options.steps,
         batch=options.batch,
         learning_rate=options.learning_rate,
         seed=options.seed,
     )
-    precision = getattr(torch, options.precision)
-    trainer = denoiser_trainer(recipe, latents, tokens, settings, options.out, options.device, precision)
-    trainer.run(options.until)
-    if rank() == 0:
-        save_weights(options.out / "weights", recipe, vae, trainer.averaged)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    with processes(options.device, options.threads):
+        if options.model == "sd":
+            vae = make_vae(options.out, options.vae_steps, options.seed, options.device)
+        else:
+            vae = load_demo_pipeline().vae.to(options.device)  # one for all
+        latents, tokens = make_pool(options.out / "pool", vae, recipe.build_tokenizer(), options.seed)
+        precision = getattr(torch, options.precision)
+        trainer = denoiser_trainer(recipe, latents, tokens, settings, options.out, options.device, precision)
+        trainer.run(options.until)
+        if rank() == 0:
+            save_weights(options.out / "weights", recipe, vae, trainer.averaged)
 
 
 def make_vae(out: Path, steps: int, seed: int, device: str) -> AutoencoderKL:

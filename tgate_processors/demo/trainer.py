@@ -4,10 +4,12 @@ Step `n` of a run draws everything random from `step_generator(seed, purpose, n)
 goes on as if it had not been. Under `torchrun` each process takes its share of every batch.
 """
 
+import argparse
 import copy
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +117,29 @@ class Trainer:
         self.step = state["step"]
         for name in ("network", "averaged", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+
+
+def add_options(parser: argparse.ArgumentParser, *, steps: int | None, batch: int, learning_rate: float) -> None:
+    """The options of every training, with its own defaults."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and what is learnt")
+    parser.add_argument("--steps", type=int, default=steps, help="of training")
+    parser.add_argument("--until", type=int, help="stop after this many steps, to go on some other time")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU")
+
+
+@contextmanager
+def processes(device: str, threads: int) -> Iterator[None]:
+    """For a while, all processes that `torchrun` started train together; without it, this one alone."""
+    torch.set_num_threads(threads)
+    if "RANK" in os.environ:  # set by torchrun
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def step_generator(seed: int, purpose: str, step: int) -> torch.Generator:
