@@ -50,7 +50,7 @@ class Store:
             stored = self._stored.setdefault((is_cross, call), Stored(batch))
             stored.batch = batch // 2 if halves else batch
             for name, new in taken.new.items():
-                # Of a layer that is called several times nobody knows which rows are which branch's.
+                # Nobody knows which rows are which branch's where a layer is called several times.
                 if (name in taken.cross_attention) is is_cross and not (halves and len(new) > 1):
                     stored.outputs[name] = _updated(stored.outputs.get(name, []), new)
 
