@@ -83,7 +83,7 @@ def test_every_picture_of_a_batch_is_its_own_run(gate_step):
     batch = {k: widen(v) for k, v in tiny("sd").kwargs().items() if isinstance(v, torch.Tensor)}
     for i, picture in enumerate(run(**batch)):
         alone = run(**{k: v[i : i + 1] for k, v in batch.items()})
-        torch.testing.assert_close(picture, alone[0], rtol=1e-3, atol=2e-4)  # kernels differ by batch
+        torch.testing.assert_close(picture, alone[0], rtol=1e-4, atol=3e-5)  # kernels differ by batch: 1.5e-5 on AVX2
 
 
 def test_a_gate_that_never_closes_is_deepcache_alone():
