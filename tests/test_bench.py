@@ -12,7 +12,7 @@ from tgate_processors import ConfigError, TGateConfig
 from tgate_processors.cli import main
 from tgate_processors.measure import contestants, ways
 from tgate_processors.measure.architectures import Architecture, architecture, resized
-from tgate_processors.measure.bench import _Laps, _paired, _phases, bench
+from tgate_processors.measure.bench import Laps, _phases, bench, paired
 from tgate_processors.measure.contestants import Contestant, by_way
 from tgate_processors.measure.rig import Rig, reduced
 
@@ -119,12 +119,12 @@ def test_a_contestant_that_fails_is_reported(monkeypatch):
 
 
 def test_ratios_are_of_the_same_round():
-    assert _paired([2, 4, 9], [1, 2, 3]).median == 2
-    assert _paired([2, 4, 9], [1, 2, 3]).most == 3
+    assert paired([2, 4, 9], [1, 2, 3]).median == 2
+    assert paired([2, 4, 9], [1, 2, 3]).most == 3
 
 
 def test_phases_are_least_steps_without_the_calls_beginning():
-    laps = _Laps(Contestant("x", by_way(ways.stock())), steps=[[50.0, 2.0, 1.0, 1.5]])
+    laps = Laps(Contestant("x", by_way(ways.stock())), steps=[[50.0, 2.0, 1.0, 1.5]])
     assert _phases(laps, rig("sd")) == ([2.0], [1.0])
 
 
@@ -144,6 +144,8 @@ def test_compiled(monkeypatch):
 
 def test_reducing():
     assert reduced(architecture("sd-1.5"), 2).config["block_out_channels"] == [160, 320, 640, 640]
+    assert reduced(architecture("sdxl"), 2).config["attention_head_dim"] == [5, 10, 20]
+    assert reduced(architecture("sdxl"), 5).config["attention_head_dim"] == [1, 2, 4]
     pixart = reduced(architecture("pixart-alpha"), 2).config
     assert (pixart["num_attention_heads"], pixart["cross_attention_dim"]) == (8, 576)
 
@@ -179,10 +181,10 @@ def test_an_unknown_architecture_lists_the_known_ones(capsys):
 
 def test_the_command(tmp_path, capsys):
     """A pipeline on disk, its configs alone; a picture."""
-    from tgate_processors.demo.model import WEIGHTS
+    from tgate_processors.demo.embedded import WEIGHTS
 
     picture = tmp_path / "bench.png"
-    arguments = ["--model", str(WEIGHTS), "--steps", "3", "--gate-step", "1", "--rounds", "1", "--json"]
+    arguments = ["--model", str(WEIGHTS / "sd"), "--steps", "3", "--gate-step", "1", "--rounds", "1", "--json"]
     only = ["--only", "tgate_processors", "surgical"]
     assert main(["bench", *arguments, *only, "--plot", str(picture)]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -16,7 +16,7 @@ from tgate_processors.cli import main
 from tgate_processors.measure.convergence import Convergence
 
 
-COMMANDS = ["demo", "generate", "cost", "bench", "calibrate", "quality", "tune"]
+COMMANDS = ["demo", "generate", "cost", "bench", "table", "calibrate", "quality", "tune"]
 
 
 def test_the_version(capsys):
@@ -115,10 +115,14 @@ def test_calibrate_records_the_prompts_that_are_done(monkeypatch, capsys, tmp_pa
     assert convergence.settings["interrupted"] is True
 
 
-def test_cost_prints_the_rows_that_are_done(monkeypatch, capsys):
-    presses_ctrl_c(monkeypatch, "tgate_processors.measure.run_cost.table_row", after=1)
-    assert main(["cost", "--table", "--json"]) == 130
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["SD-1.5"]
+def test_the_table_is_of_the_rows_that_are_done(monkeypatch, capsys, tmp_path):
+    presses_ctrl_c(monkeypatch, "tgate_processors.demo.table.count_row", after=1)
+    picture = tmp_path / "table.png"
+    assert main(["table", "--json", "--plot", str(picture)]) == 130
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"]["interrupted"] is True
+    assert [(row["name"], row["speed_up"], row["pictures"]) for row in report["rows"]] == [("SD-1.5", None, None)]
+    assert picture.is_file()
 
 
 def test_generate_keeps_whole_pictures(monkeypatch, capsys, tmp_path):
@@ -144,11 +148,11 @@ def test_generate_keeps_whole_pictures(monkeypatch, capsys, tmp_path):
 
 
 def test_nothing_done_is_nothing_reported(monkeypatch, capsys):
-    presses_ctrl_c(monkeypatch, "tgate_processors.measure.run_cost.table_row", after=0)
-    assert main(["cost", "--table"]) == 130
+    presses_ctrl_c(monkeypatch, "tgate_processors.demo.table.count_row", after=0)
+    assert main(["table"]) == 130
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.endswith("tgate-processors cost: interrupted\n")
+    assert said.err.endswith("tgate-processors table: interrupted\n")
 
 
 def test_no_colours(monkeypatch, capsys):

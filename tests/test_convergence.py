@@ -16,7 +16,8 @@ from torch.nn import functional
 from tgate_processors import ConfigError, StateError, TGateConfig, apply_tgate
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors.cli import main
-from tgate_processors.demo.model import load_demo_pipeline
+from tgate_processors.demo import convergence as side_by_side
+from tgate_processors.demo.embedded import EMBEDDED, load_demo_pipeline
 from tgate_processors.measure.convergence import Convergence, measure_convergence, plot_convergence
 
 
@@ -359,3 +360,13 @@ def test_metadata_of_something_else(metadata, said, tmp_path):
 def test_a_tensor_of_something_else(tensors, said, tmp_path):
     save_file(tensors, tmp_path / "x", RIGHT)
     assert said in refused(tmp_path / "x")
+
+
+def test_the_embedded_models_side_by_side(tmp_path, capsys):
+    picture = tmp_path / "convergence.png"
+    side_by_side.main(["--count", "2", "--out", str(picture)])
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line in EMBEDDED] == list(EMBEDDED)
+    assert printed.count("change of cross-attention since the step before") == len(EMBEDDED)
+    with Image.open(picture) as image:
+        assert image.width > 1000

@@ -14,7 +14,7 @@ from tgate_processors._modes import StepMode
 from tgate_processors._record import Evaluation, to_meta
 from tgate_processors.cli import main
 from tgate_processors.measure.architectures import ARCHITECTURES, Architecture, architecture
-from tgate_processors.measure.run_cost import PUBLISHED, run_cost, table_row
+from tgate_processors.measure.run_cost import run_cost
 
 
 def test_a_transformer_block_by_hand():
@@ -50,16 +50,6 @@ def test_a_transformer_block_by_hand():
 
 def test_costs_add_up():
     assert Cost(macs=1, cross_reused=2) + Cost(macs=3, self_computed=4) == Cost(4, 0, 0, 2, 4, 0)
-
-
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
-def test_the_published_table(row):
-    difference = table_row(row).difference
-    if row.cache_interval is None:
-        assert abs(difference) < 0.0005
-    else:
-        # Published for DeepCache's own pipeline; the helper's shallow steps do less.
-        assert -0.13 < difference < -0.04
 
 
 @pytest.mark.parametrize(

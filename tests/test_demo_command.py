@@ -11,8 +11,8 @@ from tgate_processors import TGateConfig
 from tgate_processors.cli import main
 from tgate_processors.demo import load_demo_pipeline, parse
 from tgate_processors.demo.compare import compare
-from tgate_processors.demo.model import WEIGHTS
-from tgate_processors.measure.architectures import architecture, resized
+from tgate_processors.demo.embedded import EMBEDDED, embedded_architecture
+from tgate_processors.measure.architectures import resized
 from tgate_processors.measure.run_cost import run_cost
 
 
@@ -26,11 +26,14 @@ def pipe():
     return pipe
 
 
-def test_the_command_draws_and_tells(tmp_path, capsys):
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_command_draws_and_tells(name, tmp_path, capsys):
     out = tmp_path / "pair.png"
-    arguments = ["demo", PROMPT, "--steps", "4", "--gate-step", "2", "--rounds", "1", "--out", str(out)]
+    arguments = ["demo", PROMPT, "--model", name, "--steps", "4", "--rounds", "1", "--out", str(out)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
+    gate = {"sd": "0.4", "pixart": "0.6"}.get(name, "0.25")  # the papers'
+    assert f"{name}: 4 steps, gate_step={gate}, " in printed
     for line in ("arithmetic, GMACs a picture", "faster", "attributes right", "wholly right", "dB", str(out)):
         assert line in printed
     with Image.open(out) as picture:
@@ -45,6 +48,7 @@ def test_the_command_draws_and_tells(tmp_path, capsys):
         (["--gate-step", "0"], "`--gate-step` must be a whole number of at least 1, a fraction"),
         (["--steps", "0"], "`--steps` must be a whole number of at least 1, got 0"),
         (["--count", "-1"], "`--count` must be a whole number of at least 1, got -1"),
+        (["--model", "sdxl"], "`--model` must be one of sd, lcm, pixart, pixart-lcm, got 'sdxl'"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -60,9 +64,8 @@ def test_a_module_to_run():
 
 
 def comparison(pipe, gate_step):
-    return compare(
-        pipe, [parse(PROMPT)] * 2, TGateConfig(gate_step=gate_step), seed=3, steps=4, guidance=5.0, rounds=1
-    )
+    config, call = TGateConfig(gate_step=gate_step), {"num_inference_steps": 4, "guidance_scale": 5.0}
+    return compare(pipe, [parse(PROMPT)] * 2, config, seed=3, rounds=1, call=call)
 
 
 def test_both_start_from_the_same_noise(pipe):
@@ -75,9 +78,12 @@ def test_both_start_from_the_same_noise(pipe):
     assert (gated.psnr < 40).all()
 
 
-def test_the_cost_of_the_pipeline_on_disk_is_its_runs(pipe):
-    summary = comparison(pipe, gate_step=1).summary  # of two pictures
-    counted = run_cost(resized(architecture(str(WEIGHTS)), steps=4, height=None, width=None), TGateConfig(gate_step=1))
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_cost_of_an_embedded_model_is_its_runs(name):
+    config, call = TGateConfig(gate_step=1), {**EMBEDDED[name].call, "num_inference_steps": 4}
+    pipe = load_demo_pipeline(name)
+    summary = compare(pipe, [parse(PROMPT)] * 2, config, seed=3, rounds=1, call=call).summary
+    counted = run_cost(resized(embedded_architecture(name), steps=4, height=None, width=None), config)
     assert (summary.stock_macs, summary.cost.macs) == (2 * counted.stock_macs, 2 * counted.gated_macs)
 
 

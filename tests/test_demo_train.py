@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tgate_processors.demo import distil, model, pixart
+from tgate_processors.demo import distil, model, pixart, train
+from tgate_processors.demo.embedded import EMBEDDED, TEACHER_STEPS, load_demo_pipeline
 from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes, table
 from tgate_processors.demo.render import render
 from tgate_processors.demo.train import RECIPES, denoiser_trainer, draw_batch, lesson_rows, save_weights, tokenize
@@ -64,6 +65,22 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
     assert all(map(torch.equal, batch(1, 7), batch(1, 7)))
     assert not torch.equal(batch(1, 7)[1], batch(1, 8)[1])
     assert not torch.equal(batch(1, 7)[1], batch(2, 7)[1])
+
+
+def test_noisy_steps_are_spent_where_it_is_settled_how_large_things_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(SMALLER["pixart"], lessons=(range(0), range(0)), noisy=range(1))
+    settings = Settings(steps=2, batch=40, learning_rate=1e-3)
+    tokens = tokenize(recipe.build_tokenizer(), [CAPTION] * 6)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(train, "denoising_loss", lambda *arguments: seen.append(arguments[5]))
+    trainer = denoiser_trainer(recipe, LATENTS, tokens, settings, tmp_path)
+    for step in (0, 1):
+        trainer.loss(step, step_generator(0, "the same", 0))
+    noisy, plain = seen
+    assert torch.equal(noisy[:10], plain[:10])
+    assert torch.equal(noisy[10:], 500 + plain[10:] // 2)
 
 
 @each_kind
@@ -166,10 +183,34 @@ def _student(out: Path, kind: str) -> tuple[nn.ModuleDict, Trainer]:
     torch.manual_seed(0)
     tokenizer = recipe.build_tokenizer()
     parts = model.build_vae((8, 8, 8)), recipe.build_text_encoder(tokenizer), recipe.build_denoiser()
-    networks = distil.student(recipe, recipe.build_pipeline(*parts), rank=2, seed=0)
+    networks = nn.ModuleDict({"text_encoder": parts[1], recipe.denoiser: parts[2]})
+    runs = distil.draw_runs(
+        recipe, networks, LATENTS, tokenize(tokenizer, [CAPTION] * 6), tokenize(tokenizer, [""]), 3.0
+    )
+    networks[recipe.denoiser] = distil.student(recipe, recipe.build_pipeline(*parts), rank=2, seed=0)
     settings = Settings(steps=4, batch=2, learning_rate=1e-3, warm_up=2)
-    tokens = tokenize(tokenizer, [CAPTION] * 6)
-    return networks, distil.student_trainer(recipe, networks, LATENTS, tokens, settings, out, guidance=3.0)
+    return networks, distil.student_trainer(recipe, networks, runs, settings, out)
+
+
+@each_kind
+def test_the_teachers_runs_are_those_of_its_pipeline(kind: str) -> None:
+    recipe = SMALLER[kind]
+    torch.manual_seed(0)
+    tokenizer = recipe.build_tokenizer()
+    parts = model.build_vae((8, 8, 8)), recipe.build_text_encoder(tokenizer), recipe.build_denoiser()
+    networks = nn.ModuleDict({"text_encoder": parts[1], recipe.denoiser: parts[2]})
+    noise = torch.randn(2, *distil.LATENTS, generator=torch.Generator().manual_seed(1))
+    prompts = [CAPTION, "a small green cross on a white background"]
+    runs = distil.draw_runs(recipe, networks, noise, tokenize(tokenizer, prompts), tokenize(tokenizer, [""]), 3.0)
+    pipe = recipe.build_pipeline(*parts)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    pipe.scheduler = DDIMScheduler.from_config(model.build_scheduler().config, **settings)
+    call = EMBEDDED[kind].call | {"num_inference_steps": TEACHER_STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    drawn = pipe(prompts, latents=noise, **call).images
+    assert torch.equal(runs["states"][:, 0], noise)
+    # PixArt's pipeline pads captions to more tokens, which are masked
+    torch.testing.assert_close(runs["clean"], drawn, rtol=1e-4, atol=1e-4)
 
 
 @each_kind
@@ -205,7 +246,7 @@ def test_an_adapter_is_a_file_of_its_own(kind: str, tmp_path: Path) -> None:
 def test_a_student_that_is_consistent_has_no_loss() -> None:
     """Of latents that are all one picture, a network that knows it sees the same picture from every timestep."""
     scheduler, picture = model.build_scheduler(), LATENTS[:1].expand(5, -1, -1, -1)
-    timesteps = torch.tensor([19, 39, 499, 979, 999])
+    timesteps = torch.tensor([99, 199, 499, 899, 999])
 
     def velocity(networks: Any, noised: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
         kept = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -214,14 +255,17 @@ def test_a_student_that_is_consistent_has_no_loss() -> None:
 
     recipe = replace(RECIPES["sd"], velocity=velocity)
     networks, _ = _student(Path(), "sd")
-    noise, words = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0)), torch.zeros(5, 20).long()
-    loss = distil.consistency_loss(recipe, networks, scheduler, 7.0, words[:1], picture, noise, timesteps, words)
-    assert loss < 1e-6
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+    noised = scheduler.add_noise(picture, noise, timesteps)
+    words = torch.zeros(5, 20).long()
+    assert distil.consistency_loss(recipe, networks, scheduler, noised, timesteps, words, picture) < 1e-6
+    assert distil.consistency_loss(recipe, networks, scheduler, noised, timesteps, words, picture + 0.5) > 0.4
 
 
 def test_the_timesteps_that_are_learnt_are_those_that_the_scheduler_asks_for() -> None:
-    learnt = {distil.STRIDE * count - 1 for count in range(1, 51)}
-    scheduler = LCMScheduler.from_config(model.build_scheduler().config)
+    learnt = set(distil.timesteps_of_a_run().tolist())
+    scheduler = load_demo_pipeline("lcm").scheduler
+    assert isinstance(scheduler, LCMScheduler)
     for steps in (1, 2, 4, 8):
         scheduler.set_timesteps(steps)
         assert set(scheduler.timesteps.tolist()) <= learnt

@@ -19,7 +19,7 @@ from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
 from tgate_processors.cli.generate import read_prompts
 from tgate_processors.cli.processes import Share, device_of_this_process, share_of_this_process
-from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
+from tgate_processors.demo.embedded import WEIGHTS, load_demo_pipeline
 from tgate_processors.measure.sheet import LEAST_COLUMN, MARGIN
 
 
@@ -137,7 +137,7 @@ def test_all_that_made_a_picture_is_in_it(folder):
         "tolerance": 0.09,
         "offload_cache": False,
         "with_stock": False,
-        "model": "demo",
+        "model": "sd",
         "dtype": "float32",
         "device": device_of_this_process().type,
     }
@@ -171,7 +171,7 @@ def test_what_the_pipeline_takes_of_its_own_is_in_the_picture(tmp_path, loaded_o
         "--warm-up 1",
         "--with-stock",
         "--dtype float16",
-        f"--model {WEIGHTS}",
+        f"--model {WEIGHTS / 'sd'}",
     ],
 )
 def test_another_job_in_the_same_folder_is_refused(other, folder, prompts, loaded_once, capsys):
@@ -384,7 +384,7 @@ def test_bad_arguments(arguments, message, capsys):
 def model(tmp_path_factory):
     """The demo's pipeline as a folder of one's own."""
     folder = tmp_path_factory.mktemp("model")
-    shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
+    shutil.copytree(WEIGHTS / "sd", folder, dirs_exist_ok=True)
     return folder
 
 

@@ -56,6 +56,7 @@ ORDER = [
     "measure.tune",
     "measure.architectures",
     "measure.run_cost",
+    "measure.published",
     "measure.rig",
     "measure.contestants",
     "measure.bench",

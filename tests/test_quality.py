@@ -20,8 +20,8 @@ from zoo import seeded as seeded_pipeline
 from tgate_processors import ConfigError, TGateConfig, apply_tgate
 from tgate_processors.cli import main
 from tgate_processors.demo import experiments
+from tgate_processors.demo.embedded import load_demo_pipeline
 from tgate_processors.demo.evaluate import generate, held_out_scenes
-from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import caption
 from tgate_processors.measure import likeness, ways
 from tgate_processors.measure.intervals import difference, estimate

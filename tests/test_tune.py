@@ -15,8 +15,8 @@ from zoo import seeded as seeded_pipeline
 from tgate_processors import ConfigError, StateError, TGateConfig, UnsupportedPipelineError, apply_tgate
 from tgate_processors._installation import is_gated
 from tgate_processors.cli import main
+from tgate_processors.demo.embedded import load_demo_pipeline
 from tgate_processors.demo.evaluate import held_out_scenes
-from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import caption
 from tgate_processors.measure import likeness
 from tgate_processors.measure.samplers import SAMPLERS, sampler_on

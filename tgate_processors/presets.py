@@ -37,10 +37,10 @@ PRESETS = {
     "lcm-pixart": Preset(TGateConfig(gate_step=0.25), _LCM),
     "looks": Preset(
         TGateConfig(gate_step=0.2, look_interval=5),
-        "docs/quality.md: measured on the embedded model under seven samplers",
+        "docs/quality.md: measured on the embedded UNet under seven samplers",
     ),
     "auto": Preset(
-        TGateConfig(gate_step="auto"), "docs/choosing.md: the tolerance was found on the embedded model, under DDIM"
+        TGateConfig(gate_step="auto"), "docs/choosing.md: the tolerance was found on the embedded UNet, under DDIM"
     ),
 }
 

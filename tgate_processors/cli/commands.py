@@ -10,18 +10,18 @@ from typing import Any
 
 import diffusers
 import torch
-from tqdm import tqdm
 
-from tgate_processors._tables import format_table
 from tgate_processors._validation import require_tolerance, require_whole
 from tgate_processors.cli.generate import Job, fingerprint, generate, given_or_own, read_prompts
 from tgate_processors.cli.outputs import require_file, require_folder, write_picture, write_plot, writing
 from tgate_processors.cli.processes import device_named, device_of_this_process, share_of_this_process
 from tgate_processors.demo.compare import compare
+from tgate_processors.demo.embedded import EMBEDDED, embedded_architecture, load_demo_pipeline
 from tgate_processors.demo.evaluate import held_out_scenes
-from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
 from tgate_processors.demo.picture import side_by_side
 from tgate_processors.demo.quality import SAMPLERS, quality_of_demo
+from tgate_processors.demo.table import measure_table
+from tgate_processors.demo.table_report import plot_table
 from tgate_processors.demo.world import caption, parse
 from tgate_processors.errors import ConfigError
 from tgate_processors.measure import architectures
@@ -29,11 +29,12 @@ from tgate_processors.measure import run_cost as counting
 from tgate_processors.measure.architectures import Architecture
 from tgate_processors.measure.bench import bench, plot_speed_ups
 from tgate_processors.measure.convergence import measure_convergence, plot_convergence, suggestion
-from tgate_processors.measure.interruption import INTERRUPTED, keeping
+from tgate_processors.measure.interruption import INTERRUPTED
 from tgate_processors.measure.quality import quality_of_pipeline
 from tgate_processors.measure.quality_report import plot_quality
 from tgate_processors.measure.rig import Rig, reduced
 from tgate_processors.measure.tune import LEAST_STEPS, require_budget, tune
+from tgate_processors.presets import PRESETS
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 
@@ -43,25 +44,22 @@ QUICK_COUNT = 12  # prompts of the demo with `--quick`
 
 
 def run_demo(options: Options) -> int:
-    """Compare the pipelines on the demo's model."""
-    for name in ("count", "steps", "rounds"):
+    """Compare the pipelines on an embedded model."""
+    if options.model not in EMBEDDED:
+        raise ConfigError(f"`--model` must be one of {', '.join(EMBEDDED)}, got {options.model!r}.")
+    for name in ("count", "rounds"):
         require_whole(f"--{name}", getattr(options, name), least=1)
+    call = _call_of(options)
+    require_whole("--steps", call["num_inference_steps"], least=1)
     _require_seed(options)
     config = _config_of(options)
     scenes = [parse(prompt) for prompt in options.prompt] or held_out_scenes(options.count, options.seed)
     require_file("--out", options.out, write_picture)
-    pipe = load_demo_pipeline()
+    pipe = load_demo_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
-    comparison = compare(
-        pipe,
-        scenes,
-        config,
-        seed=options.seed,
-        steps=options.steps,
-        guidance=options.guidance_scale,
-        rounds=options.rounds,
-    )
-    settings = f"{options.steps} steps, {config}, guidance scale {options.guidance_scale:g}, seed {options.seed}"
+    comparison = compare(pipe, scenes, config, seed=options.seed, rounds=options.rounds, call=call)
+    steps, scale = call["num_inference_steps"], call["guidance_scale"]
+    settings = f"{options.model}: {steps} steps, {config}, guidance scale {scale:g}, seed {options.seed}"
     print(settings)
     print(comparison)
     with writing("--out", options.out):
@@ -81,11 +79,12 @@ def run_generate(options: Options) -> int:
     require_folder("--out", options.out)
     device = _device_of(options)
     pipe = _pipeline_of(options, device)
+    call = _call_of(options)
     one = Job(
         prompts[0],
         options.seed,
-        steps=given_or_own(options.steps, pipe, "num_inference_steps"),
-        guidance_scale=given_or_own(options.guidance_scale, pipe, "guidance_scale"),
+        steps=given_or_own(call.pop("num_inference_steps", None), pipe, "num_inference_steps"),
+        guidance_scale=given_or_own(call.pop("guidance_scale", None), pipe, "guidance_scale"),
         config=config,
         with_stock=options.with_stock,
         model=str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
@@ -95,41 +94,16 @@ def run_generate(options: Options) -> int:
     )
     jobs = [replace(one, prompt=prompt, seed=options.seed + index) for index, prompt in enumerate(prompts)]
     share = share_of_this_process()
-    made = generate(pipe, jobs, options.out, share=share)
+    made = generate(pipe, jobs, options.out, share=share, **call)
     print(f"process {share.index + 1} of {share.count}: {len(made)} pictures in {options.out}")
     return DONE
 
 
 def run_cost(options: Options) -> int:
-    """Count an architecture, a pipeline on disk, or the published table."""
-    if options.table:
-        return _count_table(options)
+    """Count an architecture, or a pipeline on disk."""
     cost = counting.run_cost(_architecture_of(options), _config_of(options), cache_interval=options.cache_interval)
     _print(cost, options)
     return DONE
-
-
-def _count_table(options: Options) -> int:
-    rows: list[counting.TableRow] = []
-    settings: dict[str, Any] = {}
-    with keeping(rows, settings):
-        for row in tqdm(counting.PUBLISHED, desc="counting", leave=False):
-            rows.append(counting.table_row(row))
-    if options.json:
-        print(json.dumps({"rows": [vars(row) | {"difference": row.difference} for row in rows]}, indent=2))
-        return _code(settings)
-    heading = ("TMACs of a run", "published", "Linear and Conv", "difference", "with attention's products")
-    lines = [
-        (r.name, f"{r.published_tmacs:.3f}", f"{r.tmacs:.3f}", f"{r.difference:+.3%}", f"{r.tmacs_with_attention:.3f}")
-        for r in rows
-    ]
-    print(format_table([heading, *lines]))
-    print(
-        "The published DeepCache rows were made with DeepCache's own SDXL pipeline, whose shallow steps cost more\n"
-        "than those of its helper for stock pipelines (127.9 against 49.0 GMACs), and with guidance through step 12;\n"
-        "counted here is what the helper does, with the gate at step 10."
-    )
-    return _code(settings)
 
 
 def run_bench(options: Options) -> int:
@@ -151,6 +125,20 @@ def run_bench(options: Options) -> int:
     return _code(report.settings)
 
 
+def run_table(options: Options) -> int:
+    """Measure the original's benchmark table."""
+    _require_seed(options)
+    _require_plot(options)
+    device = str(_device_of(options))
+    dtype = getattr(torch, options.dtype)
+    table = measure_table(count=options.count, seed=options.seed, rounds=options.rounds, device=device, dtype=dtype)
+    _print(table, options)
+    if options.plot:
+        with writing("--plot", options.plot):
+            plot_table(table, options.plot)
+    return _code(table.settings)
+
+
 def run_calibrate(options: Options) -> int:
     """Measure, and suggest a gate step."""
     require_tolerance(options.tolerance)
@@ -160,14 +148,15 @@ def run_calibrate(options: Options) -> int:
         require_file("--out", options.out)
     prompts = _prompts_or_held_out(options)
     pipe = _pipeline_of(options, _device_of(options))
-    settings = _guidance_of(options)
-    convergence = measure_convergence(pipe, prompts, num_inference_steps=options.steps, seed=options.seed, **settings)
+    call = _measured_call_of(options)
+    steps = call.pop("num_inference_steps")
+    convergence = measure_convergence(pipe, prompts, num_inference_steps=steps, seed=options.seed, **call)
     try:
         if options.out:
             with writing("--out", options.out):
                 convergence.save(options.out)
     finally:  # where the file fails, what was measured is printed at least
-        _print(suggestion(pipe, convergence, options.tolerance, **settings), options)
+        _print(suggestion(pipe, convergence, options.tolerance, **call), options)
     if options.plot:
         with writing("--plot", options.plot):
             plot_convergence(convergence, options.plot, tolerance=options.tolerance)
@@ -178,35 +167,34 @@ def run_quality(options: Options) -> int:
     """Measure the demo's model, or one's own."""
     _require_measurable(options)
     prompts = _prompts_of(options)
-    if options.model != "demo":
+    if options.model not in EMBEDDED:
         _require_prompts(prompts)
     elif prompts:
         raise ConfigError(
-            f"`PROMPT` must be left out for the demo, which draws its own to read them, got {len(prompts)}. "
+            f"`PROMPT` must be left out for an embedded model, whose own prompts are read, got {len(prompts)}. "
             "Pass `--count`."
         )
     pipe = _pipeline_of(options, _device_of(options))
-    settings = _guidance_of(options)
-    if options.model == "demo":
+    call = _measured_call_of(options)
+    if options.model in EMBEDDED:
         report = quality_of_demo(
             pipe,
+            options.model,
             count=QUICK_COUNT if options.quick else options.count,
             seed=options.seed,
-            steps=options.steps,
-            guidance=settings["guidance_scale"],
             samplers=options.sampler or SAMPLERS,
             only=options.only,
+            **call,
         )
     else:
         report = quality_of_pipeline(
             pipe,
             prompts[:4] if options.quick else prompts,
-            num_inference_steps=options.steps,
             samplers=options.sampler,
             seed=options.seed,
             clip=options.clip,
             only=options.only,
-            **settings,
+            **call,
         )
     _print(report, options)
     if options.plot:
@@ -218,7 +206,8 @@ def run_quality(options: Options) -> int:
 def run_tune(options: Options) -> int:
     """Find the cheapest settings that keep the budget."""
     require_budget(options.psnr, options.arithmetic)
-    require_whole("--steps", options.steps, least=LEAST_STEPS)
+    call = _measured_call_of(options)
+    require_whole("--steps", call["num_inference_steps"], least=LEAST_STEPS)
     require_whole("--count", options.count, least=1)
     _require_seed(options)
     require_file("--out", options.out, write_picture)
@@ -227,12 +216,11 @@ def run_tune(options: Options) -> int:
     tuning = tune(
         pipe,
         prompts,
-        num_inference_steps=options.steps,
         psnr=options.psnr,
         arithmetic=options.arithmetic,
         sampler=options.sampler,
         seed=options.seed,
-        **_guidance_of(options),
+        **call,
     )
     _print(tuning, options)
     with writing("--out", options.out):
@@ -251,7 +239,7 @@ def _require_prompts(prompts: list[str]) -> None:
 
 
 def _require_measurable(options: Options) -> None:
-    require_whole("--steps", options.steps, least=LEAST_STEPS_FOR_AUTO)
+    require_whole("--steps", _measured_call_of(options)["num_inference_steps"], least=LEAST_STEPS_FOR_AUTO)
     _require_seed(options)
     _require_plot(options)
 
@@ -284,8 +272,10 @@ def _code(settings: Mapping[str, Any]) -> int:
 
 
 def _config_of(options: Options) -> TGateConfig:
+    embedded = EMBEDDED.get(options.model)
+    papers = PRESETS.get(options.model if embedded is None else embedded.preset, PRESETS["sdxl"])
     return TGateConfig(
-        gate_step=options.gate_step,
+        gate_step=papers.config.gate_step if options.gate_step is None else options.gate_step,
         sp_interval=options.sp_interval,
         fi_interval=options.fi_interval,
         warm_up=options.warm_up,
@@ -300,15 +290,21 @@ def _prompts_of(options: Options) -> list[str]:
 def _prompts_or_held_out(options: Options) -> list[str]:
     """Those that are given, or some of the demo's own."""
     prompts = _prompts_of(options)
-    if not prompts and options.model == "demo":
+    if not prompts and options.model in EMBEDDED:
         prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
     _require_prompts(prompts)
     return prompts
 
 
-def _guidance_of(options: Options) -> dict[str, Any]:
-    scale = 5.0 if options.guidance_scale is None and options.model == "demo" else options.guidance_scale
-    return {} if scale is None else {"guidance_scale": scale}
+def _call_of(options: Options, **others: Any) -> dict[str, Any]:
+    """Arguments of the pipeline's call: those that are given, and an embedded model's own or else the others."""
+    given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    own = EMBEDDED[options.model].call if options.model in EMBEDDED else others
+    return {**own, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _measured_call_of(options: Options) -> dict[str, Any]:
+    return _call_of(options, num_inference_steps=25)
 
 
 def _device_of(options: Options) -> torch.device:
@@ -317,8 +313,8 @@ def _device_of(options: Options) -> torch.device:
 
 def _pipeline_of(options: Options, device: torch.device) -> Any:
     dtype = getattr(torch, options.dtype)
-    if options.model == "demo":
-        pipe = load_demo_pipeline(dtype=dtype)
+    if options.model in EMBEDDED:
+        pipe = load_demo_pipeline(options.model, dtype=dtype)
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             options.model, use_safetensors=True, dtype=dtype, trust_remote_code=options.trust_remote_code
@@ -329,5 +325,6 @@ def _pipeline_of(options: Options, device: torch.device) -> Any:
 
 
 def _architecture_of(options: Options) -> Architecture:
-    known = architectures.architecture(str(WEIGHTS) if options.model == "demo" else options.model)
+    is_embedded = options.model in EMBEDDED
+    known = embedded_architecture(options.model) if is_embedded else architectures.architecture(options.model)
     return architectures.resized(known, steps=options.steps, height=options.height, width=options.width)

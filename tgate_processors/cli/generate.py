@@ -108,7 +108,9 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | None = None) -> list[Path]:
+def generate(
+    pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | None = None, **call_kwargs: Any
+) -> list[Path]:
     """Make the pictures that `folder` does not hold yet, with a progress bar.
 
     A picture is there whole or not at all, so an interrupted run goes on where it was.
@@ -118,6 +120,7 @@ def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | Non
         jobs: The pictures; the name of each is its place among them and its prompt.
         folder: Where they go; it is made where there is none.
         share: This process's share of the jobs; None: all.
+        call_kwargs: Arguments of the pipeline's call that are the same for all of them.
 
     Returns:
         The paths of this process's pictures.
@@ -135,15 +138,15 @@ def generate(pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | Non
     bar = tqdm(missing.items(), desc="drawing", unit="picture", initial=len(mine) - len(missing), total=len(mine))
     bar.disable = share.index > 0
     for path, job in bar:
-        gated = picture = _draw(pipe, job, gated=True)
+        gated = picture = _draw(pipe, job, call_kwargs, gated=True)
         if job.with_stock:
-            picture = _beside(_draw(pipe, job, gated=False), gated, job)
+            picture = _beside(_draw(pipe, job, call_kwargs, gated=False), gated, job)
         _save(picture, path, job.record() | {"size": gated.size})
     return list(mine)
 
 
-def _draw(pipe: Any, job: Job, *, gated: bool) -> Image.Image:
-    kwargs: dict[str, Any] = {"generator": torch.Generator().manual_seed(job.seed)}
+def _draw(pipe: Any, job: Job, call_kwargs: Mapping[str, Any], *, gated: bool) -> Image.Image:
+    kwargs: dict[str, Any] = {**call_kwargs, "generator": torch.Generator().manual_seed(job.seed)}
     if job.steps is not None:
         kwargs["num_inference_steps"] = job.steps
     if job.guidance_scale is not None:

@@ -25,6 +25,7 @@ examples:
   tgate-processors demo                                          see it, on the small model that comes along
   tgate-processors cost --model sdxl --gate-step 10              what a run saves; no weights are loaded
   tgate-processors bench --model sdxl --dtype bfloat16           what it takes on this machine, beside others
+  tgate-processors table                                         the original's benchmark table, measured here
   tgate-processors calibrate --model FOLDER "a red fox"          which gate step your model suggests
   tgate-processors quality --quick                               what each choice costs in pictures
   tgate-processors tune --model FOLDER "a red fox" --psnr 30     the cheapest settings for your model
@@ -34,6 +35,7 @@ examples:
 exit codes: 0 done; 1 something is missing or cannot be read or written; 2 a bad argument; 130 interrupted by Ctrl-C,
 after which what was done is reported, or in its files."""
 
+EMBEDDED = "sd, lcm, pixart or pixart-lcm"  # in words: a help text must not wait for the models' module
 DTYPES = ("float32", "float16", "bfloat16")
 RENAMED = {"num_inference_steps": "steps", "guidance": "guidance_scale", "pipe": "model"}  # Python's names here
 WORDS = ("prompt", "prompts", "text")  # those of `PROMPT`
@@ -95,7 +97,16 @@ def parser() -> argparse.ArgumentParser:
     version = f"tgate-processors {__version__} ({versions})"
     top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_cost, _add_bench, _add_calibrate, _add_quality, _add_tune):
+    for add in (
+        _add_demo,
+        _add_generate,
+        _add_cost,
+        _add_bench,
+        _add_table,
+        _add_calibrate,
+        _add_quality,
+        _add_tune,
+    ):
         add(commands)
     return top
 
@@ -105,7 +116,7 @@ def _add_demo(commands: Commands) -> None:
         commands,
         "demo",
         "draw the same pictures with the stock and the gated pipeline",
-        "Draws the same pictures with the stock and the gated pipeline, on the text-to-image model that comes with "
+        "Draws the same pictures with the stock and the gated pipeline, on a text-to-image model that comes with "
         "the package: writes them side by side and prints what was saved.",
     )
     demo.add_argument(
@@ -115,8 +126,9 @@ def _add_demo(commands: Commands) -> None:
         help="such as 'a large red circle left of a small blue square on a yellow background'; none: draws some",
     )
     demo.add_argument("--count", type=int, default=5, help="how many prompts to draw where none is given")
-    _add_seed_and_steps(demo, steps=25)
-    demo.add_argument("--guidance-scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    demo.add_argument("--model", default="sd", metavar="NAME", help=f"the embedded model: {EMBEDDED}")
+    _add_seed_and_steps(demo)
+    demo.add_argument("--guidance-scale", type=float, help="the model's own where none is given")
     _add_gate(demo)
     demo.add_argument("--rounds", type=int, default=3, help="how often each pipeline is timed, in turn")
     demo.add_argument("--out", type=Path, default=Path("tgate-demo.png"), help="where the pictures go")
@@ -144,9 +156,7 @@ def _add_cost(commands: Commands) -> None:
         "count what a gated run saves: multiply-accumulates, parameters, cache",
         "Counts a run by running the denoiser's architecture on the meta device: no weights, no download.",
     )
-    what = cost.add_mutually_exclusive_group()
-    _add_architecture(what)
-    what.add_argument("--table", action="store_true", help="the original's benchmark table, counted here")
+    _add_architecture(cost)
     _add_size(cost)
     _add_gate(cost)
     cost.add_argument("--cache-interval", type=int, help="beside DeepCache with this interval, both runs")
@@ -173,6 +183,21 @@ def _add_bench(commands: Commands) -> None:
     _add_reports(bench)
 
 
+def _add_table(commands: Commands) -> None:
+    table = _command(
+        commands,
+        "table",
+        "measure the original's benchmark table",
+        "Counts each row of the original's benchmark table at full size, times it at reduced size with random "
+        "weights, and draws held-out prompts on the embedded model of its kind, beside the published figures.",
+    )
+    table.add_argument("--count", type=int, default=64, help="how many prompts are drawn")
+    table.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
+    table.add_argument("--rounds", type=int, default=3, help="how often each row is timed, in turn")
+    _add_device_and_dtype(table)
+    _add_reports(table)
+
+
 def _add_calibrate(commands: Commands) -> None:
     calibrate = _command(
         commands,
@@ -182,7 +207,7 @@ def _add_calibrate(commands: Commands) -> None:
         "and prints the gate step that this suggests with what it saves.",
     )
     _add_pipeline(calibrate)
-    _add_seed_and_steps(calibrate, steps=25)
+    _add_seed_and_steps(calibrate)
     calibrate.add_argument("--count", type=int, default=32, help="of the demo's own prompts, where none is given")
     calibrate.add_argument("--tolerance", type=float, default=TGateConfig.tolerance, help="change that is none")
     calibrate.add_argument("--out", type=Path, metavar="FILE", help="write what was measured, as safetensors")
@@ -198,7 +223,7 @@ def _add_quality(commands: Commands) -> None:
         "say. With a model of your own: how like the stock pictures they are, and CLIP scores.",
     )
     _add_pipeline(quality)
-    _add_seed_and_steps(quality, steps=25)
+    _add_seed_and_steps(quality)
     quality.add_argument("--count", type=int, default=256, help="of the demo's own prompts")
     _add_sampler(quality, nargs="+", default=[], several="; several are compared")
     quality.add_argument("--quick", action="store_true", help="fewer prompts")
@@ -216,7 +241,7 @@ def _add_tune(commands: Commands) -> None:
         "cheapest that keeps the budget as a line of Python, and writes its pictures beside the stock ones.",
     )
     _add_pipeline(tune)
-    _add_seed_and_steps(tune, steps=25)
+    _add_seed_and_steps(tune)
     _add_sampler(tune)
     tune.add_argument("--psnr", type=float, help="the budget: at least so many dB to the stock pictures")
     tune.add_argument("--arithmetic", type=float, help="the budget: at most this part of the stock arithmetic")
@@ -243,7 +268,9 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     """A pipeline with its weights, and what it draws."""
     command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
     command.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt on each line")
-    command.add_argument("--model", default="demo", help="a pipeline's folder or name on the hub, or `demo`")
+    command.add_argument(
+        "--model", default="sd", help=f"a pipeline's folder or its name on the hub, or an embedded model: {EMBEDDED}"
+    )
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model, as its own pipeline"
     )
@@ -251,19 +278,19 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     _add_device_and_dtype(command)
 
 
-def _add_architecture(command: argparse._ActionsContainer) -> None:
+def _add_architecture(command: argparse.ArgumentParser) -> None:
     """A denoiser of which the config is enough."""
     command.add_argument(
         "--model",
-        default="demo",
+        default="sd",
         help="sd-1.5, sd-2.1, sdxl, lcm-sdxl, pixart-alpha, lcm-pixart or pixart-sigma; the folder of a saved "
-        "pipeline, of which only the configs are read; or `demo`",
+        f"pipeline, of which only the configs are read; or an embedded model: {EMBEDDED}",
     )
 
 
-def _add_seed_and_steps(command: argparse.ArgumentParser, steps: int | None = None) -> None:
+def _add_seed_and_steps(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
-    _add_steps(command, steps)
+    _add_steps(command)
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
@@ -272,15 +299,17 @@ def _add_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--width", type=int, help="pixels; the model's own where none is given")
 
 
-def _add_steps(command: argparse.ArgumentParser, default: int | None = None) -> None:
-    own = "; the model's own where none is given" if default is None else ""
-    command.add_argument("--steps", type=int, default=default, help=f"denoising steps{own}")
+def _add_steps(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
 
 
 def _add_gate(command: argparse.ArgumentParser) -> None:
     """The fields of `TGateConfig`."""
     command.add_argument(
-        "--gate-step", type=_gate_step, default=10, help="steps before the gate closes, or their share, or auto"
+        "--gate-step",
+        type=_gate_step,
+        help="steps before the gate closes, or their share, or auto; the papers' for the model where none is given, "
+        "or two fifths",
     )
     command.add_argument("--look-interval", type=int, help="look at the text again every so many steps after the gate")
     command.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")

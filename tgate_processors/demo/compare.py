@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tgate_processors._pipelines import denoisers_of, takes_callback
 from tgate_processors._tables import format_table
 from tgate_processors.demo.checker import Reading, read
 from tgate_processors.demo.world import Scene, caption
@@ -83,40 +84,40 @@ def _right(reading: Reading) -> float:
 
 
 def compare(
-    pipe: Any, scenes: Sequence[Scene], config: TGateConfig, *, seed: int, steps: int, guidance: float, rounds: int
+    pipe: Any, scenes: Sequence[Scene], config: TGateConfig, *, seed: int, rounds: int, call: Mapping[str, Any]
 ) -> Comparison:
     """Draw each scene with both pipelines, `rounds` times in turn, with a progress bar.
 
     Args:
-        pipe: The demo's pipeline, not gated.
+        pipe: A demo's pipeline, not gated.
         scenes: What to draw.
         config: The gate's settings.
         seed: Picture i starts from the noise of `seed + i`, in both.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance.
         rounds: How often each is timed, after one round that is not.
+        call: Arguments of the pipeline's call, `num_inference_steps` among them.
     """
     stock, gated = Side(), Side()
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
-    with tqdm(total=2 * steps * (rounds + 1), unit="step", desc="drawing") as bar:
+    prompts = [caption(scene) for scene in scenes]
 
-        def draw(side: Side, callback: Callable[..., dict[str, Any]], *, timed: bool) -> None:
-            noise = [torch.Generator().manual_seed(seed + i) for i in range(len(scenes))]
-            prompts = [caption(scene) for scene in scenes]
-            started = time.perf_counter()
-            images = pipe(prompts, generator=noise, output_type="pt", callback_on_step_end=callback, **settings).images
-            if timed:
-                side.seconds.append(time.perf_counter() - started)
-            side.pictures = images.float() * 2 - 1
+    def draw(side: Side, *, timed: bool, **more: Any) -> None:
+        noise = [torch.Generator().manual_seed(seed + i) for i in range(len(scenes))]
+        started = time.perf_counter()
+        images = pipe(prompts, generator=noise, output_type="pt", **call, **more).images
+        if timed:
+            side.seconds.append(time.perf_counter() - started)
+        side.pictures = images.float() * 2 - 1
 
-        def count_step(pipe: Any, step_index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            bar.update()
-            return kwargs
-
-        for turn in range(rounds + 1):
-            draw(stock, count_step, timed=turn > 0)
-            with apply_tgate(pipe, config, callback_on_step_end=count_step) as tgate:
-                draw(gated, tgate, timed=turn > 0)
+    with tqdm(total=2 * call["num_inference_steps"] * (rounds + 1), unit="step", desc="drawing") as bar:
+        # not by a callback, which PixArt's pipelines do not take
+        counting = denoisers_of(pipe)[0].register_forward_hook(lambda *_: bar.update() and None)
+        try:
+            for turn in range(rounds + 1):
+                draw(stock, timed=turn > 0)
+                with apply_tgate(pipe, config) as tgate:
+                    callback = {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
+                    draw(gated, timed=turn > 0, **callback)
+        finally:
+            counting.remove()
     for side in (stock, gated):
         side.reading = read(side.pictures, scenes)
     return Comparison(scenes, stock, gated, tgate.summary())

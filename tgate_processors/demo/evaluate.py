@@ -1,4 +1,4 @@
-"""Measures how well the demo model follows prompts: `python -m tgate_processors.demo.evaluate`.
+"""Measures how well a demo model follows prompts: `python -m tgate_processors.demo.evaluate --model sd`.
 
 Prompts hold combinations that training never saw. Each picture has a seed of its own, so that two ways of
 sampling are compared on the same noise, whatever the batch size.
@@ -9,17 +9,19 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
 from tgate_processors.demo.checker import ATTRIBUTES, Reading, read
-from tgate_processors.demo.model import WEIGHTS, load_demo_pipeline
+from tgate_processors.demo.embedded import EMBEDDED, load_demo_pipeline
 from tgate_processors.demo.world import Scene, caption, sample_scenes
+
+
+BATCH = 32  # pictures
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,7 @@ def held_out_scenes(count: int, seed: int) -> list[Scene]:
     return [sample_scenes(1, generator, held_out=True)[0] for _ in range(count)]
 
 
-def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any
-) -> Tensor:
+def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any) -> Tensor:
     """One picture for each prompt -> (prompts, 3, height, width) in -1..1 on the CPU.
 
     `call_kwargs` go to the pipeline's call; `batch_size` (default 64) says how many prompts go in at once.
@@ -85,10 +85,10 @@ def table(shares: dict[str, Share]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.evaluate", description=__doc__)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the model")
+    parser.add_argument("--model", default="sd", help=f"{', '.join(EMBEDDED)}, or the folder of one that was trained")
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="the model's own where none is given")
+    parser.add_argument("--guidance", type=float, help="the model's own where none is given")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; picture i has the seed `seed + i`")
     parser.add_argument("--device", default="cpu")
     return parser
@@ -96,17 +96,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    pipe = load_demo_pipeline(options.weights).to(options.device)
+    pipe = load_demo_pipeline(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
+    own = EMBEDDED.get(options.model) or EMBEDDED["pixart" if hasattr(pipe, "transformer") else "sd"]
+    given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    call = {**own.call, **{name: value for name, value in given.items() if value is not None}}
     scenes = held_out_scenes(options.prompts, options.seed)
     started, pictures = time.perf_counter(), []
-    for start in tqdm(range(0, len(scenes), 32), desc="pictures"):
-        prompts = [caption(scene) for scene in scenes[start : start + 32]]
+    for start in tqdm(range(0, len(scenes), BATCH), desc="pictures"):
+        prompts = [caption(scene) for scene in scenes[start : start + BATCH]]
         seeds = range(options.seed + start, options.seed + start + len(prompts))
-        settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
-        pictures.append(generate(pipe, prompts, seeds, **settings))
+        pictures.append(generate(pipe, prompts, seeds, **call))
     seconds = (time.perf_counter() - started) / len(scenes)
-    print(f"{len(scenes)} held-out prompts, {options.steps} steps, guidance {options.guidance:g}")
+    steps, guidance = call["num_inference_steps"], call["guidance_scale"]
+    print(f"{options.model}: {len(scenes)} held-out prompts, {steps} steps, guidance {guidance:g}")
     print(table(adherence(torch.cat(pictures), scenes)))
     print(f"{seconds:.2f} seconds a picture")
 

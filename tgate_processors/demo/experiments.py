@@ -22,8 +22,8 @@ from tgate_processors._kept import KeptGuidance
 from tgate_processors._modes import StepMode
 from tgate_processors._tables import format_table
 from tgate_processors.demo.checker import read
+from tgate_processors.demo.embedded import load_demo_pipeline
 from tgate_processors.demo.evaluate import held_out_scenes
-from tgate_processors.demo.model import load_demo_pipeline
 from tgate_processors.demo.world import Scene, caption
 from tgate_processors.gate import Gate
 from tgate_processors.measure.intervals import estimate

@@ -6,8 +6,6 @@ Everything here is a function of its arguments, so that training builds exactly 
 import string
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -16,7 +14,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tgate_processors.demo.world import RESOLUTION, WORDS
 
 
-WEIGHTS = Path(__file__).parent / "weights"
 TOKENS = 20  # a caption's words (16 at most) and the two marks around them, with a little room
 WIDTH = 96  # channels of a token, and of the U-Net's cross-attention
 SCALE = 4  # pixels a latent, along one side
@@ -139,18 +136,3 @@ def build_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def load_demo_pipeline(folder: str | Path = WEIGHTS, **kwargs: Any) -> StableDiffusionPipeline:
-    """The trained demo model in float32, kept in half precision; needs no network.
-
-    `kwargs` go to `StableDiffusionPipeline.from_pretrained`.
-    """
-    if not (Path(folder) / "model_index.json").is_file():
-        raise ValueError(
-            f"`folder` must hold a trained demo model, got {str(folder)!r} without a model_index.json; "
-            "train one with `python -m tgate_processors.demo.train --out FOLDER`."
-        )
-    # the other way of loading asks for `accelerate`, and a model this small gains nothing by it
-    kwargs = {"low_cpu_mem_usage": False} | kwargs
-    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **kwargs)

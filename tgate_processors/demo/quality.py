@@ -25,32 +25,34 @@ SAMPLERS = ("dpm++-2m-karras", "euler-a")  # where none is named: one without fr
 
 def quality_of_demo(
     pipe: Any,
+    name: str,
     *,
     count: int,
     seed: int,
-    steps: int,
-    guidance: float,
+    num_inference_steps: int,
     samplers: Sequence[str] = SAMPLERS,
     only: Sequence[str] = (),
+    **call_kwargs: Any,
 ) -> Quality:
     """Draw held-out prompts each way and read the pictures, with a progress bar.
 
     Args:
-        pipe: The demo's pipeline, not gated.
+        pipe: The pipeline of an embedded model, not gated.
+        name: The name of the model.
         count: Number of prompts.
         seed: The seed of the prompts; picture i starts from the noise of `seed + i`.
-        steps: Number of steps in the stock run, at least 5.
-        guidance: Scale of classifier-free guidance.
+        num_inference_steps: Number of steps in the stock run, at least 5.
         samplers: Names of `tgate_processors.measure.samplers.SAMPLERS`.
         only: Parts of the names of the ways to keep; none: all that are not extra. The stock pipeline is always there.
+        call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
         ConfigError: An argument breaks its rule, or `only` or `samplers` names nothing that there is.
         MissingPackageError: `torchmetrics` or `scipy` is not installed.
     """
     require_whole("count", count, least=2)
-    TGateConfig(gate_step="auto").schedule(steps)  # says if these are too few
-    chosen = chosen_ways(steps, only, has_unet=True)
+    TGateConfig(gate_step="auto").schedule(num_inference_steps)  # says if these are too few
+    chosen = chosen_ways(num_inference_steps, only, has_unet=hasattr(pipe, "unet"))
     scenes = held_out_scenes(count, seed)
     prompts = [caption(scene) for scene in scenes]
     frechet = FrechetDistance((render(scenes, torch.Generator().manual_seed(seed)) + 1) / 2, Latents(pipe.vae))
@@ -58,10 +60,10 @@ def quality_of_demo(
     def arguments(chunk: slice) -> dict[str, Any]:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(chunk.start, chunk.stop)]
         return {
+            **call_kwargs,
             "prompt": prompts[chunk],
             "generator": generators,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
+            "num_inference_steps": num_inference_steps,
         }
 
     def score(pictures: Tensor, _: Tensor) -> Mapping[str, Tensor]:
@@ -74,7 +76,14 @@ def quality_of_demo(
         return {**by_attribute, "all right": reading.whole}
 
     dtype = str(pipe.dtype).removeprefix("torch.")
-    settings = {"model": "demo", "prompts": count, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype}
+    settings = {
+        "model": name,
+        "prompts": count,
+        "steps": num_inference_steps,
+        **call_kwargs,
+        "seed": seed,
+        "dtype": dtype,
+    }
     with tqdm(total=len(samplers) * len(chosen) * count, desc="drawing", unit="picture") as bar:
 
         def under(sampler: str) -> Report:
@@ -85,7 +94,7 @@ def quality_of_demo(
                 "all right",
                 sampler,
                 frechet=frechet,
-                papers=papers_gate(steps),
+                papers=papers_gate(num_inference_steps, has_unet=hasattr(pipe, "unet")),
                 settings=settings,
             )
 

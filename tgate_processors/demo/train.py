@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tgate_processors.demo import model, pixart
 from tgate_processors.demo.autoencoder import BATCH, encode, reconstruction_score, train_vae, vae_loss, vae_settings
-from tgate_processors.demo.model import build_scheduler, build_vae, load_demo_pipeline
+from tgate_processors.demo.embedded import load_demo_pipeline
+from tgate_processors.demo.model import build_scheduler, build_vae
 from tgate_processors.demo.render import render
 from tgate_processors.demo.trainer import Settings, Trainer, add_options, processes, rank, share, step_generator
 from tgate_processors.demo.world import caption, sample_scenes
@@ -41,7 +42,8 @@ class Recipe:
     denoiser: its name in the pipeline. build_tokenizer, build_text_encoder, build_denoiser, build_pipeline: its parts.
     velocity: what the networks predict, of noised latents, timesteps and token ids.
     steps: of training. lessons: those of the two of `lesson_rows`. noisy_lessons: whether most of these are spent on
-    the noisiest quarter of the timesteps, where it is settled where things go.
+    the noisiest quarter of the timesteps, where it is settled where things go. noisy: steps of which most are spent on
+    the noisier half, where it is settled how large things are.
     """
 
     denoiser: str
@@ -53,6 +55,7 @@ class Recipe:
     steps: int
     lessons: tuple[range, range]
     noisy_lessons: bool
+    noisy: range = range(0)
 
 
 RECIPES = {
@@ -74,9 +77,10 @@ RECIPES = {
         build_denoiser=pixart.build_transformer,
         build_pipeline=pixart.build_pipeline,
         velocity=pixart.velocity,
-        steps=6500,
+        steps=4500,
         lessons=(range(1200), range(1200, 1900)),
         noisy_lessons=False,
+        noisy=range(3000, 4000),
     ),
 }
 
@@ -175,6 +179,8 @@ def denoiser_trainer(
         rows, noise, timesteps, dropped = draw_batch(settings.batch, latents, generator, choice)
         if taught and recipe.noisy_lessons:
             timesteps[settings.batch // 4 :] = 750 + timesteps[settings.batch // 4 :] // 4
+        if step in recipe.noisy:
+            timesteps[settings.batch // 4 :] = 500 + timesteps[settings.batch // 4 :] // 2
         words = torch.where(dropped[:, None], blank, tokens[rows])
         batch = (share(part).to(device) for part in (latents[rows], noise, timesteps, words))
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):

@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -115,7 +115,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 @dataclass
-class _Laps:
+class Laps:
     """The laps of one contestant: for each round its steps' seconds, and its whole run's."""
 
     contestant: Contestant
@@ -169,7 +169,7 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
     mac_speed_up = cost.stock_macs / cost.gated_macs
     known = contestants(rig, max(1, round(rig.known.steps / mac_speed_up)))
     chosen = named(known, only)
-    all_laps = [_Laps(contestant) for contestant in chosen]
+    all_laps = [Laps(contestant) for contestant in chosen]
     settings: dict[str, Any] = {
         "model": rig.name,
         "denoiser": f"{rig.known.denoiser} of {cost.parameters / 1e6:.0f} M parameters",
@@ -185,13 +185,8 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
         tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False) as bar,
         keeping(done, settings),
     ):
-        for turn in range(rounds + 1):
-            for laps in all_laps:
-                bar.set_postfix_str(laps.contestant.name)
-                _take_turn(laps, rig, compiles, timed=turn > 0)
-                bar.update()
-            if turn > 0:
-                done.append(turn)
+        for turn in take_rounds(all_laps, rig, rounds, bar, compiles=compiles):
+            done.append(turn)
     settings["rounds"] = len(done)
     for laps in all_laps:  # of an interrupted round some have one lap more
         del laps.steps[len(done) :], laps.whole[len(done) :]
@@ -199,7 +194,26 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
     return Report(settings, machine(rig.device), mac_speed_up, cost.cache_bytes * rig.batch, tuple(rows))
 
 
-def _take_turn(laps: _Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
+def take_rounds(all_laps: Sequence[Laps], rig: Rig, rounds: int, bar: Any, *, compiles: bool = False) -> Iterator[int]:
+    """Time the contestants turn about, and give the number of each round after it; one that is not timed goes before.
+
+    Args:
+        all_laps: One for each contestant.
+        rig: What is run.
+        rounds: How often.
+        bar: A progress bar that counts runs.
+        compiles: Whether each denoiser is compiled.
+    """
+    for turn in range(rounds + 1):
+        for laps in all_laps:
+            bar.set_postfix_str(laps.contestant.name)
+            _take_turn(laps, rig, compiles, timed=turn > 0)
+            bar.update()
+        if turn > 0:
+            yield turn
+
+
+def _take_turn(laps: Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
     """One run of a contestant; one that fails is out, and says why."""
     if laps.error is not None:
         return
@@ -232,13 +246,13 @@ def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0
 
 
-def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) -> Row:
+def _row(laps: Laps, all_laps: Sequence[Laps], rig: Rig, mac_speed_up: float) -> Row:
     name = laps.contestant.name
     if laps.error is not None:
         return Row(name, laps.error)
     by_name = {other.contestant.name: other for other in all_laps if other.error is None}
     stock, limit = by_name["stock"], by_name.get("surgical limit")
-    speed_up = _paired(stock.whole, laps.whole)
+    speed_up = paired(stock.whole, laps.whole)
     row = Row(
         name,
         run=statistics.median(laps.whole),
@@ -253,18 +267,18 @@ def _row(laps: _Laps, all_laps: Sequence[_Laps], rig: Rig, mac_speed_up: float) 
     row = replace(
         row,
         planning_step=statistics.median(planning),
-        planning_to_stock=_paired(planning, _phases(stock, rig)[0]),
+        planning_to_stock=paired(planning, _phases(stock, rig)[0]),
     )
     if not laps.contestant.closes:
         return row
     return replace(
         row,
         fidelity_step=statistics.median(fidelity),
-        fidelity_to_limit=None if limit is None else _paired(fidelity, _phases(limit, rig)[1]),
+        fidelity_to_limit=None if limit is None else paired(fidelity, _phases(limit, rig)[1]),
     )
 
 
-def _phases(laps: _Laps, rig: Rig) -> tuple[list[float], list[float]]:
+def _phases(laps: Laps, rig: Rig) -> tuple[list[float], list[float]]:
     """The least steps of each round, before the gate and after it; the first step begins with the call itself."""
     gate = rig.gate_step
     planning = [min(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
@@ -272,7 +286,8 @@ def _phases(laps: _Laps, rig: Rig) -> tuple[list[float], list[float]]:
     return planning, fidelity
 
 
-def _paired(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+def paired(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """The ratios of the same rounds."""
     ratios = sorted(one / other for one, other in zip(numerators, denominators, strict=True))
     return Spread(statistics.median(ratios), ratios[0], ratios[-1])
 

@@ -273,19 +273,9 @@ def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float =
         ConfigError: `tolerance` is not between 0 and 1.
         MissingPackageError: `matplotlib` is not installed.
     """
-    gate_steps = convergence.gate_steps(tolerance)
     figure = new_figure(9, 7)
     curve, layer_map = figure.subplots(2, 1, height_ratios=[3, 2], sharex=True)
-    steps = range(1, convergence.num_inference_steps)
-    curve.fill_between(steps, *convergence.band(), color="#cfdceb", label="middle half of the layers")
-    curve.plot(steps, convergence.median(), color=BLUE, label="median of layers and prompts")
-    curve.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
-    label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
-    curve.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
-    curve.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
-    curve.set_ylim(bottom=0)
-    curve.legend(frameon=False)
-    curve.spines[["top", "right"]].set_visible(False)
+    plot_curve(convergence, curve, tolerance)
     settings = convergence.settings
     curve.set_title(
         f"Cross-attention from step to step: {settings['pipeline']}, {settings['scheduler']}, "
@@ -297,10 +287,25 @@ def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float =
         convergence.changes.median(0).values.T,
         aspect="auto",
         cmap="viridis",
-        extent=(0.5, len(steps) + 0.5, len(convergence.layers), 0),
+        extent=(0.5, convergence.num_inference_steps - 0.5, len(convergence.layers), 0),
         vmax=float(convergence.changes.median(0).values.quantile(0.95)),
     )
     layer_map.set_ylabel(f"the {len(convergence.layers)} layers,\nas `attn_processors` has them")
     layer_map.set_xlabel("step")
     figure.colorbar(image, ax=layer_map, label="median over prompts")
     figure.savefig(path, dpi=150)
+
+
+def plot_curve(convergence: Convergence, axes: Any, tolerance: float) -> None:
+    """The median with its band over layers, and the gate step that the tolerance gives."""
+    gate_steps = convergence.gate_steps(tolerance)
+    steps = range(1, convergence.num_inference_steps)
+    axes.fill_between(steps, *convergence.band(), color="#cfdceb", label="middle half of the layers")
+    axes.plot(steps, convergence.median(), color=BLUE, label="median of layers and prompts")
+    axes.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
+    label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
+    axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
+    axes.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)

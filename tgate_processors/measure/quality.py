@@ -233,7 +233,7 @@ def quality_of_pipeline(
                 score,
                 deciding,
                 sampler,
-                papers=papers_gate(num_inference_steps),
+                papers=papers_gate(num_inference_steps, has_unet=hasattr(pipe, "unet")),
                 settings=settings,
             )
 
@@ -256,9 +256,13 @@ def one_by_one(
     return arguments
 
 
-def papers_gate(num_steps: int) -> str:
-    """The name of the way that the papers suggest for Stable Diffusion: two fifths of the run."""
-    return f"gate step {part_of(num_steps, 0.4)}"
+def papers_gate(num_steps: int, *, has_unet: bool) -> str:
+    """The name of the way that the papers suggest for Stable Diffusion, or for PixArt."""
+    return f"gate step {part_of(num_steps, _papers_share(has_unet))}"
+
+
+def _papers_share(has_unet: bool) -> float:
+    return 0.4 if has_unet else 0.6
 
 
 def part_of(num_steps: int, share: float) -> int:
@@ -289,14 +293,15 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
         config = TGateConfig(gate_step=share, look_interval=interval)
         return ways.gated(config, f"look: {at(share)}, every {interval}")
 
-    papers = TGateConfig(gate_step=0.4)
+    share = _papers_share(has_unet)
+    papers = TGateConfig(gate_step=share)
     interval = TGateConfig(gate_step=0.4, guidance_start=0.08)
     hurried = TGateConfig(gate_step=0.12, look_interval=3)
     chosen = [
         ways.stock(),
-        gate(at(0.4)),
+        gate(at(share)),
         replace(ways.gated(TGateConfig(gate_step="auto"), "gate step auto"), is_alone=True),
-        ways.dropping_guidance(at(0.4)),
+        ways.dropping_guidance(at(share)),
         looks(0.2, 5),  # `preset("looks")`
         looks(0.12, 4),
         ways.gated(interval, f"guidance from {round(0.08 * num_steps)} to {at(0.4)}, gated"),
@@ -305,9 +310,9 @@ def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
         ways.fewer_steps(at(0.64), hurried),
     ]
     extra = [
-        *(gate(step) for step in range(1, num_steps) if step != at(0.4)),
-        *(ways.dropping_guidance(at(share)) for share in (0.08, 0.2, 0.6, 0.8)),
-        *(ways.fewer_steps(at(share)) for share in (0.2, 0.32, 0.8)),
+        *(gate(step) for step in range(1, num_steps) if step != at(share)),
+        *(ways.dropping_guidance(at(part)) for part in (0.08, 0.2, 0.4, 0.6, 0.8) if part != share),
+        *(ways.fewer_steps(at(part)) for part in (0.2, 0.32, 0.8)),
         looks(0.2, 6),
         looks(0.24, 6),
         ways.pyramid_attention_broadcast(),

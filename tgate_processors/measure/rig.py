@@ -123,7 +123,7 @@ class Rig:
 
 
 def reduced(known: Architecture, divisor: int) -> Architecture:
-    """The same architecture with its width divided.
+    """The same architecture with its width divided; heads keep theirs where their number can be divided instead.
 
     Raises:
         ConfigError: `divisor` is no whole number of at least 1, or the architecture's width is no multiple of it.
@@ -146,4 +146,7 @@ def reduced(known: Architecture, divisor: int) -> Architecture:
                 "Pass 2 or 5."
             )
         config["block_out_channels"] = [width // divisor for width in channels]
+        heads = config.get("attention_head_dim", 8)  # despite its name
+        if isinstance(heads, list) and not any(number % divisor for number in heads):
+            config["attention_head_dim"] = [number // divisor for number in heads]
     return replace(known, config=config)

@@ -1,4 +1,4 @@
-"""What a gated run of an architecture costs beside the stock run, and the benchmark table of the documentation."""
+"""What a gated run of an architecture costs beside the stock run."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from tgate_processors._layers import cross_attention_layers
 from tgate_processors._modes import StepMode
 from tgate_processors._record import Evaluation
 from tgate_processors._tables import format_table
-from tgate_processors.measure.architectures import Architecture, architecture
+from tgate_processors.measure.architectures import Architecture
 from tgate_processors.schedule import TGateConfig
 
 
@@ -117,64 +117,3 @@ def _count_parameters(module: Any) -> int:
 
 def _tera(*macs: int) -> tuple[str, ...]:
     return tuple(f"{value / 1e12:.3f}" for value in macs)
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """A row of the original's benchmark table: what was run, and the TMACs that were published for it."""
-
-    name: str
-    model: str
-    tmacs: float
-    gate: TGateConfig | None = None
-    cache_interval: int | None = None
-
-
-_FIVE, _EIGHT, _ONE = TGateConfig(gate_step=5), TGateConfig(gate_step=8), TGateConfig(gate_step=1)
-_SDXL_2 = TGateConfig(gate_step=10, sp_interval=5, fi_interval=1, warm_up=2)
-_PIXART_2 = TGateConfig(gate_step=15, sp_interval=3, fi_interval=1, warm_up=2)
-PUBLISHED = (
-    # tgate 0.1.2, README
-    PublishedRow("SD-1.5", "sd-1.5", 16.938),
-    PublishedRow("SD-1.5 w/ TGATE", "sd-1.5", 9.875, _FIVE),
-    PublishedRow("SD-2.1", "sd-2.1", 38.041),
-    PublishedRow("SD-2.1 w/ TGATE", "sd-2.1", 22.208, _FIVE),
-    PublishedRow("SD-XL", "sdxl", 149.438),
-    PublishedRow("SD-XL w/ TGATE", "sdxl", 84.438, _FIVE),
-    PublishedRow("Pixart-Alpha", "pixart-alpha", 107.031),
-    PublishedRow("Pixart-Alpha w/ TGATE", "pixart-alpha", 65.318, _EIGHT),
-    PublishedRow("DeepCache (SD-XL)", "sdxl", 57.888, None, 3),
-    PublishedRow("DeepCache w/ TGATE", "sdxl", 43.868, TGateConfig(gate_step=10), 3),
-    PublishedRow("LCM (SD-XL)", "lcm-sdxl", 11.955),
-    PublishedRow("LCM w/ TGATE", "lcm-sdxl", 11.171, _ONE),
-    PublishedRow("LCM (Pixart-Alpha)", "lcm-pixart", 8.563),
-    PublishedRow("LCM w/ TGATE", "lcm-pixart", 7.623, _ONE),
-    # tgate 1.0.0, README
-    PublishedRow("SD-XL w/ TGATE, second version", "sdxl", 95.988, _SDXL_2),
-    PublishedRow("Pixart-Alpha w/ TGATE, second version", "pixart-alpha", 73.971, _PIXART_2),
-    PublishedRow("Pixart-Sigma", "pixart-sigma", 107.766),
-    PublishedRow("Pixart-Sigma w/ TGATE, second version", "pixart-sigma", 74.420, _PIXART_2),
-)
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """A published row beside what was counted here, TMACs of Linear and Conv layers."""
-
-    name: str
-    published_tmacs: float
-    tmacs: float
-    tmacs_with_attention: float
-
-    @property
-    def difference(self) -> float:
-        """Relative to the published figure."""
-        return self.tmacs / self.published_tmacs - 1
-
-
-def table_row(row: PublishedRow) -> TableRow:
-    """Count a row of the published table."""
-    known = architecture(row.model)
-    config = row.gate or TGateConfig(gate_step=known.steps)
-    cost = run_cost(known, config, cache_interval=row.cache_interval)
-    return TableRow(row.name, row.tmacs, cost.gated_linear_and_conv_macs / 1e12, cost.gated_macs / 1e12)

@@ -1,0 +1,185 @@
+"""What the benchmark table says of each row: published, counted, timed and drawn; as text, as JSON, as a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tgate_processors._tables import format_settings, format_table
+from tgate_processors.measure.bench import Spread
+from tgate_processors.measure.intervals import Estimate
+from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
+from tgate_processors.measure.published import Counted, PublishedRow, base_of
+
+
+NOTES = """\
+published: READMEs of tgate 0.1.2 and, for the last four rows, of 1.0.0, whose FID is of other captions.
+"more" and speed-ups are over the row without T-GATE, and those of DeepCache (SD-XL) over SD-XL.
+The DeepCache rows were published for its own SDXL pipeline, whose shallow steps cost more than those of its helper for
+stock pipelines (127.9 against 49.0 GMACs), and with guidance through step 12. Counted here is what the helper does,
+with the gate at step 10."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What an embedded model drew as a row says.
+
+    Args:
+        whole: The share of pictures with all right.
+        to_base: What it is more than that of the row that it is compared with, prompt by prompt; None: it is that row.
+        psnr: Likeness to that row's pictures, in dB.
+    """
+
+    whole: Estimate
+    to_base: Estimate | None
+    psnr: Estimate | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Args:
+        published: What was published.
+        embedded: The embedded model of its kind.
+        counted: At full size.
+        speed_up: At reduced size, over the row that it is compared with; None: not measured.
+        pictures: Of the embedded model; None: not drawn.
+        error: Why something is missing; None: nothing failed.
+    """
+
+    published: PublishedRow
+    embedded: str
+    counted: Counted
+    speed_up: Spread | None = None
+    pictures: Pictures | None = None
+    error: str | None = None
+
+    @property
+    def difference(self) -> float:
+        """Of the counted arithmetic, relative to what was published."""
+        return self.counted.tmacs / self.published.tmacs - 1
+
+    @property
+    def published_speed_up(self) -> float:
+        """Over the row that it is compared with."""
+        return base_of(self.published).seconds / self.published.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        published = asdict(self.published)
+        published["gate"] = None if self.published.gate is None else str(self.published.gate)
+        return {
+            "name": self.published.name,
+            "published": published | {"speed_up": self.published_speed_up},
+            "counted": asdict(self.counted) | {"difference": self.difference},
+            "speed_up": None if self.speed_up is None else asdict(self.speed_up),
+            "embedded": self.embedded,
+            "pictures": None if self.pictures is None else asdict(self.pictures),
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, and how they were measured."""
+
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"settings": dict(self.settings), "rows": [row.as_dict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        errors = [f"{row.published.name}: {row.error}" for row in self.rows if row.error]
+        parts = [format_settings(self.settings), self._at_full_size(), self._measured(), NOTES, *errors]
+        return "\n\n".join(parts)
+
+    def _at_full_size(self) -> str:
+        heading = ("at full size", "TMACs, published", "counted", "difference", "with attention's products")
+        lines = [
+            (
+                row.published.name,
+                f"{row.published.tmacs:.3f}",
+                f"{row.counted.tmacs:.3f}",
+                f"{row.difference:+.3%}",
+                f"{row.counted.tmacs_with_attention:.3f}",
+                "" if row.published.parameters is None else f"{row.published.parameters:.1f}",
+                f"{row.counted.parameters:.1f}",
+            )
+            for row in self.rows
+        ]
+        return format_table([(*heading, "parameters, M, published", "counted"), *lines])
+
+    def _measured(self) -> str:
+        heading = ("measured", "speed-up, published", "at reduced size", "FID, published", "embedded model")
+        lines = [
+            (
+                row.published.name,
+                f"{row.published_speed_up:.3f}",
+                "" if row.speed_up is None else str(row.speed_up),
+                f"{row.published.fid:.3f}",
+                row.embedded,
+                *_cells(row.pictures),
+            )
+            for row in self.rows
+        ]
+        return format_table([(*heading, "all right, %", "of it more, points", "PSNR, dB"), *lines])
+
+
+def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
+    if pictures is None:
+        return "", "", ""
+    more, psnr = pictures.to_base, pictures.psnr
+    return (
+        pictures.whole.shown(1, 100),
+        "" if more is None else more.shown(1, 100),
+        "" if psnr is None else psnr.shown(1),
+    )
+
+
+def plot_table(table: Table, path: Path) -> None:
+    """Arithmetic, speed-up and pictures of every row, side by side, as a picture that stands alone.
+
+    Raises:
+        MissingPackageError: `matplotlib` is not installed.
+    """
+    rows = table.rows
+    figure = new_figure(15, 2 + 0.36 * len(rows))
+    arithmetic, speed, pictures = figure.subplots(1, 3, sharey=True)
+    places = range(len(rows))
+    colours = [PALE if row.published.gate is None else BLUE for row in rows]
+    arithmetic.barh(places, [row.counted.tmacs for row in rows], color=colours)
+    arithmetic.plot([row.published.tmacs for row in rows], places, "|", color=RED, markersize=14, label="published")
+    arithmetic.set_xlabel("TMACs of a run at full size, counted")
+    arithmetic.set_yticks(places, [row.published.name for row in rows])
+    arithmetic.invert_yaxis()
+    for place, row in zip(places, rows, strict=True):
+        _plot_speed_up(row.speed_up, place, colours[place], speed)
+        _plot_pictures(row.pictures, place, colours[place], pictures)
+    speed.plot([row.published_speed_up for row in rows], places, "|", color=RED, markersize=14, label="published")
+    speed.axvline(1, color=GREY, linewidth=0.8)
+    speed.set_xlabel(
+        "speed-up at reduced size over the row without T-GATE\n(DeepCache's over SD-XL): median and range"
+    )
+    pictures.set_xlabel("pictures of the embedded model with all right, %,\nwith 95% intervals")
+    for axes in (arithmetic, speed, pictures):
+        axes.spines[["top", "right"]].set_visible(False)
+    arithmetic.legend(frameon=False, loc="lower right")
+    figure.suptitle(f"The benchmark table of T-GATE, measured here: {format_settings(table.settings)}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_speed_up(speed_up: Spread | None, place: int, colour: str, axes: Any) -> None:
+    if speed_up is None:
+        return
+    median = speed_up.median
+    reach = [[median - speed_up.least], [speed_up.most - median]]
+    axes.barh(place, median, xerr=reach, color=colour, ecolor="#333333", capsize=3)
+
+
+def _plot_pictures(pictures: Pictures | None, place: int, colour: str, axes: Any) -> None:
+    if pictures is None:
+        return
+    whole = pictures.whole
+    reach = [[100 * max(0, whole.mean - whole.low)], [100 * max(0, whole.high - whole.mean)]]
+    axes.errorbar(100 * whole.mean, place, xerr=reach, fmt="o", color=colour, ecolor="#333333", capsize=3)
