@@ -61,7 +61,7 @@ def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.f
     """
     embedded = EMBEDDED.get(str(model))
     if embedded is not None and embedded.teacher is not None:
-        return _adapted(load_demo_pipeline(embedded.teacher, dtype=dtype), WEIGHTS / str(model))
+        return _adapted(embedded.teacher, WEIGHTS / str(model), dtype)
     folder = Path(model) if embedded is None else WEIGHTS / str(model)
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
@@ -76,8 +76,8 @@ def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.f
     return DiffusionPipeline.from_pretrained(folder, **parts, **settings)
 
 
-def _adapted(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
-    """The pipeline, of which a latent-consistency model is made."""
+def _adapted(teacher: str, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """A latent-consistency model, made of its teacher."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -85,6 +85,7 @@ def _adapted(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
             "`peft` must be installed for the latent-consistency models, which are LoRAs. "
             "Run `pip install 'tgate-processors[lcm]'`."
         ) from error
+    pipe = load_demo_pipeline(teacher, dtype=dtype)
     PeftModel.from_pretrained(denoisers_of(pipe)[0], str(folder)).merge_and_unload()
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=TEACHER_STEPS)
     return pipe
