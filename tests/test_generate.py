@@ -62,9 +62,13 @@ def test_a_picture_for_each_prompt(folder):
 def test_a_second_run_makes_what_is_missing(folder, prompts, capsys, monkeypatch):
     before = pixels(folder)
     (folder / "1-a-small-green-triangle.png").unlink()
-    drawn = []
-    draw = generate_module._draw
-    monkeypatch.setattr(generate_module, "_draw", lambda pipe, job, **k: drawn.append(job) or draw(pipe, job, **k))
+    drawn, draw = [], generate_module._draw
+
+    def noted(pipe, job, *args, **kwargs):
+        drawn.append(job)
+        return draw(pipe, job, *args, **kwargs)
+
+    monkeypatch.setattr(generate_module, "_draw", noted)
     assert main(["generate", "--prompts", str(prompts), "--out", str(folder), *SETTINGS]) == 0
     assert [job.prompt for job in drawn] == [PROMPTS[1]]
     assert pixels(folder) == before
@@ -143,18 +147,21 @@ def test_all_that_made_a_picture_is_in_it(folder):
     }
 
 
-def test_what_the_pipeline_takes_of_its_own_is_in_the_picture(tmp_path, loaded_once, monkeypatch):
+def test_what_the_pipeline_takes_of_its_own_is_in_the_picture(model, tmp_path, monkeypatch):
     asked = []
 
-    def draw(pipe, job, *, gated):
+    def draw(pipe, job, call_kwargs, *, gated):
         asked.append((job.steps, job.guidance_scale))
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(generate_module, "_draw", draw)
-    assert main(["generate", "a circle", "--out", str(tmp_path)]) == 0
+    arguments = ["generate", "a circle", "--model", str(model), "--out", str(tmp_path)]
+    assert main(arguments) == 0
     assert asked == [(50, 7.5)]  # of diffusers' Stable Diffusion
-    assert main(["generate", "a circle", "--out", str(tmp_path), "--steps", "50", "--guidance", "7.5"]) == 0
+    assert main([*arguments, "--steps", "50", "--guidance", "7.5"]) == 0
     assert len(asked) == 1
+    assert main(["generate", "a circle", "--out", str(tmp_path / "embedded")]) == 0
+    assert asked[1:] == [(25, 5.0)]  # what suits the embedded one
 
 
 @pytest.mark.parametrize(
@@ -442,3 +449,13 @@ def test_code_that_comes_with_a_model_is_not_run_unless_it_is_asked_for(model, t
     assert not ran.exists()
     assert main([*arguments, "--trust-remote-code"]) == 0
     assert ran.exists()
+
+
+@pytest.mark.parametrize("name", ["lcm", "pixart", "pixart-lcm"])
+def test_every_embedded_model_draws(name, tmp_path):
+    assert (
+        main(["generate", PROMPTS[1], "--model", name, "--steps", "2", "--gate-step", "1", "--out", str(tmp_path)])
+        == 0
+    )
+    with Image.open(tmp_path / "0-a-small-green-triangle.png") as picture:
+        assert picture.size == (64, 64)

@@ -480,7 +480,7 @@ def test_clip_scores_where_a_model_is_at_hand(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a circle"], "`PROMPT` must be left out for the demo"),
+        (["a circle"], "`PROMPT` must be left out for an embedded model"),
         (["--count", "1"], "`--count` must be a whole number of at least 2, got 1"),
         (["--steps", "3"], "`--steps` must be a whole number of at least 5, got 3"),
         (["--steps", "6", "--only", "nobody"], "`--only` must hold parts of names, got 'nobody'"),
