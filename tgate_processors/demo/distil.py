@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from tgate_processors.demo.embedded import TEACHER_STEPS, load_demo_pipeline
+from tgate_processors.demo.embedded import EMBEDDED, TEACHER_STEPS, load_demo_pipeline
 from tgate_processors.demo.model import LATENT_CHANNELS, SCALE, build_scheduler
 from tgate_processors.demo.train import RECIPES, Recipe, tokenize
 from tgate_processors.demo.trainer import Settings, Trainer, add_options, processes, rank, share, step_generator
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=RECIPES, default="sd")
     parser.add_argument("--teacher", help="the folder of a pipeline to learn from, in the place of the embedded one")
     parser.add_argument("--runs", type=int, default=2048, help=f"of the teacher, a multiple of {CHUNK}")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="the one that is learnt")
+    parser.add_argument("--guidance-scale", type=float, help="the one that is learnt, in the place of the model's own")
     parser.add_argument("--rank", type=int, default=12, help="of the adapter")
     return parser
 
@@ -56,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with processes(options.device, options.threads):
         teacher = load_demo_pipeline(options.teacher or options.model).to(options.device)
-        chunks = options.runs // CHUNK
-        runs = make_runs(options.out / "runs", recipe, teacher, options.guidance_scale, options.seed, chunks)
+        guidance, chunks = options.guidance_scale, options.runs // CHUNK
+        if guidance is None:
+            guidance = EMBEDDED[options.model].call["guidance_scale"]
+        runs = make_runs(options.out / "runs", recipe, teacher, guidance, options.seed, chunks)
         denoiser = student(recipe, teacher, options.rank, options.seed)
         networks = nn.ModuleDict({"text_encoder": teacher.text_encoder, recipe.denoiser: denoiser})
         trainer = student_trainer(recipe, networks, runs, settings, options.out)

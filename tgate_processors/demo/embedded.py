@@ -40,7 +40,7 @@ _WITHOUT_GUIDANCE = {"num_inference_steps": 4, "guidance_scale": 1.0}
 EMBEDDED = {
     "sd": Embedded({"num_inference_steps": 25, "guidance_scale": 5.0}, "sd-1.5"),
     "lcm": Embedded(_WITHOUT_GUIDANCE, "lcm-sdxl", teacher="sd"),
-    "pixart": Embedded({"num_inference_steps": 25, "guidance_scale": 4.5} | _AS_IT_IS, "pixart-alpha", vae="sd"),
+    "pixart": Embedded({"num_inference_steps": 25, "guidance_scale": 3.0} | _AS_IT_IS, "pixart-alpha", vae="sd"),
     "pixart-lcm": Embedded(_WITHOUT_GUIDANCE | _AS_IT_IS, "lcm-pixart", teacher="pixart"),
 }
 
