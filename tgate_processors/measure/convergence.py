@@ -297,15 +297,16 @@ def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float =
 
 
 def plot_curve(convergence: Convergence, axes: Any, tolerance: float) -> None:
-    """The median with its band over layers, and the gate step that the tolerance gives."""
+    """The median with its band over layers, and the gate step that the tolerance gives, if it gives one."""
     gate_steps = convergence.gate_steps(tolerance)
     steps = range(1, convergence.num_inference_steps)
     axes.fill_between(steps, *convergence.band(), color="#cfdceb", label="middle half of the layers")
     axes.plot(steps, convergence.median(), color=BLUE, label="median of layers and prompts")
     axes.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
-    label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
-    axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
+    if median_low(gate_steps) < convergence.num_inference_steps:
+        label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
+        axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
     axes.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
