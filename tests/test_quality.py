@@ -417,7 +417,7 @@ def test_quality_of_the_demo(tmp_path, capsys):
         assert all(row["error"] is None for row in rows.values())
         assert rows["gate step 1"]["arithmetic"] < rows["gate step 5"]["arithmetic"] < 1
         assert rows["gate step 1"]["psnr"]["mean"] < rows["gate step 5"]["psnr"]["mean"]
-        assert {"shape", "colour", "size", "pattern", "all right"} <= rows["stock"]["scores"].keys()
+        assert {"shape", "colour", "size", "pattern", "accuracy"} <= rows["stock"]["scores"].keys()
         assert rows["gate step 2"]["to_papers"] is None
         assert rows["gate step 5"]["psnr_to_papers"]["mean"] > 0
         assert report["gate_step"] in range(1, 6)

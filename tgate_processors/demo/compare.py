@@ -70,7 +70,7 @@ class Comparison:
             ),
             ("attributes right", *(f"{_right(side.reading):.0%}" for side in (self.stock, self.gated)), ""),
             (
-                "pictures wholly right",
+                "pictures all right",
                 *(f"{side.reading.whole.sum()}/{count}" for side in (self.stock, self.gated)),
                 "",
             ),

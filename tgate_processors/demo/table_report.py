@@ -1,4 +1,4 @@
-"""What the benchmark table says of each row: published, counted, timed and drawn; as text, as JSON, as a picture."""
+"""The rows of the benchmark table (published, counted, timed, drawn), as text, as JSON and as a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,8 @@ from tgate_processors.measure.published import Counted, PublishedRow, base_of
 
 NOTES = """\
 published: READMEs of tgate 0.1.2 and, for the last four rows, of 1.0.0, whose FID is of other captions.
-"more" and speed-ups are over the row without T-GATE, and those of DeepCache (SD-XL) over SD-XL.
+Speed-ups, points and PSNR compare a row with the row without T-GATE; DeepCache (SD-XL) is compared with SD-XL.
+Accuracy is the share of pictures that show all that their prompts say.
 The DeepCache rows were published for its own SDXL pipeline, whose shallow steps cost more than those of its helper for
 stock pipelines (127.9 against 49.0 GMACs), and with guidance through step 12. Counted here is what the helper does,
 with the gate at step 10."""
@@ -22,15 +23,15 @@ with the gate at step 10."""
 
 @dataclass(frozen=True)
 class Pictures:
-    """What an embedded model drew as a row says.
+    """Scores of the pictures that an embedded model drew with the settings of a row.
 
     Args:
-        whole: The share of pictures with all right.
-        to_base: What it is more than that of the row that it is compared with, prompt by prompt; None: it is that row.
-        psnr: Likeness to that row's pictures, in dB.
+        accuracy: Share of pictures that show all that their prompts say.
+        to_base: Difference to the accuracy of the row that it is compared with, paired by prompt; None: it is that row.
+        psnr: Likeness to that row's pictures, in dB; None: it is that row.
     """
 
-    whole: Estimate
+    accuracy: Estimate
     to_base: Estimate | None
     psnr: Estimate | None
 
@@ -40,12 +41,12 @@ class Row:
     """A row of the table.
 
     Args:
-        published: What was published.
-        embedded: The embedded model of its kind.
-        counted: At full size.
-        speed_up: At reduced size, over the row that it is compared with; None: not measured.
-        pictures: Of the embedded model; None: not drawn.
-        error: Why something is missing; None: nothing failed.
+        published: Published figures.
+        embedded: Name of the embedded model of this kind.
+        counted: Arithmetic and parameters at full size.
+        speed_up: Speed-up at reduced size over the row that it is compared with; None: not measured.
+        pictures: Scores of the embedded model's pictures; None: not drawn.
+        error: Reason why something is missing; None: nothing failed.
     """
 
     published: PublishedRow
@@ -57,12 +58,12 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Of the counted arithmetic, relative to what was published."""
+        """Difference of the counted arithmetic to the published, as a share of the published."""
         return self.counted.tmacs / self.published.tmacs - 1
 
     @property
     def published_speed_up(self) -> float:
-        """Over the row that it is compared with."""
+        """Published speed-up over the row that it is compared with."""
         return base_of(self.published).seconds / self.published.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Table:
             )
             for row in self.rows
         ]
-        return format_table([(*heading, "all right, %", "of it more, points", "PSNR, dB"), *lines])
+        return format_table([(*heading, "accuracy, %", "points more", "PSNR, dB"), *lines])
 
 
 def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
@@ -131,7 +132,7 @@ def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
         return "", "", ""
     more, psnr = pictures.to_base, pictures.psnr
     return (
-        pictures.whole.shown(1, 100),
+        pictures.accuracy.shown(1, 100),
         "" if more is None else more.shown(1, 100),
         "" if psnr is None else psnr.shown(1),
     )
@@ -161,7 +162,7 @@ def plot_table(table: Table, path: Path) -> None:
     speed.set_xlabel(
         "speed-up at reduced size over the row without T-GATE\n(DeepCache's over SD-XL): median and range"
     )
-    pictures.set_xlabel("pictures of the embedded model with all right, %,\nwith 95% intervals")
+    pictures.set_xlabel("accuracy of the embedded model, %,\nwith 95% intervals")
     for axes in (arithmetic, speed, pictures):
         axes.spines[["top", "right"]].set_visible(False)
     arithmetic.legend(frameon=False, loc="lower right")
@@ -180,6 +181,6 @@ def _plot_speed_up(speed_up: Spread | None, place: int, colour: str, axes: Any) 
 def _plot_pictures(pictures: Pictures | None, place: int, colour: str, axes: Any) -> None:
     if pictures is None:
         return
-    whole = pictures.whole
-    reach = [[100 * max(0, whole.mean - whole.low)], [100 * max(0, whole.high - whole.mean)]]
-    axes.errorbar(100 * whole.mean, place, xerr=reach, fmt="o", color=colour, ecolor="#333333", capsize=3)
+    share = pictures.accuracy
+    reach = [[100 * max(0, share.mean - share.low)], [100 * max(0, share.high - share.mean)]]
+    axes.errorbar(100 * share.mean, place, xerr=reach, fmt="o", color=colour, ecolor="#333333", capsize=3)
