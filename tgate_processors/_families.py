@@ -15,7 +15,7 @@ class Guidance(Enum):
 
     HALVES = "the batch is `[negative, positive]`, and the gate drops one half"
     HALVES_POSITIVE_FIRST = "the batch is `[positive, negative]`, and the gate drops one half"
-    HALVES_THEN_CALLS = "a batch `[negative, positive]` comes before calls of one branch, and the gate drops half of it"
+    HALVES_THEN_CALLS = "a batch `[negative, positive]` comes before calls of one branch; the gate drops half of it"
     LISTS = "the list of pictures begins with the positive ones, and the gate drops the negative ones"
     CALLS = "each branch is a call, and the gate leaves out the calls after the first"
     PARTS = "the batch has three parts or more, and the gate keeps them all and reuses only cross-attention"
