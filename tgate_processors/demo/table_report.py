@@ -165,7 +165,7 @@ def plot_table(table: Table, path: Path) -> None:
     pictures.set_xlabel("accuracy of the embedded model, %,\nwith 95% intervals")
     for axes in (arithmetic, speed, pictures):
         axes.spines[["top", "right"]].set_visible(False)
-    arithmetic.legend(frameon=False, loc="lower right")
+    figure.legend(*arithmetic.get_legend_handles_labels(), frameon=False, loc="outside lower left")
     figure.suptitle(f"The benchmark table of T-GATE, measured here: {format_settings(table.settings)}", fontsize=9)
     figure.savefig(path, dpi=150)
 

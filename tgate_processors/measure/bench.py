@@ -323,8 +323,8 @@ def plot_speed_ups(report: Report, path: Path) -> None:
     colours = [BLUE if row.name == "tgate_processors" else PALE for row in rows]
     axes.barh([row.name for row in rows], medians, xerr=[below, above], color=colours, ecolor="#333333", capsize=3)
     axes.axvline(report.mac_speed_up, color=RED, linestyle="--", label="arithmetic of the gated run")
-    for place, median in enumerate(medians):
-        axes.text(0.02, place, f"{median:.2f}x", va="center", color="#111111")
+    for place, (median, colour) in enumerate(zip(medians, colours, strict=True)):
+        axes.text(0.02, place, f"{median:.2f}x", va="center", color="white" if colour == BLUE else "#111111")
     failed = [row.name for row in report.rows if row.error is not None]
     axes.set_xlabel(
         "speed-up over the stock pipeline: median and range of the rounds"
@@ -339,6 +339,6 @@ def plot_speed_ups(report: Report, path: Path) -> None:
         fontsize=9,
         loc="left",
     )
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -283,16 +283,18 @@ def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float =
         fontsize=10,
         loc="left",
     )
+    changes = convergence.changes.median(0).values.T
     image = layer_map.imshow(
-        convergence.changes.median(0).values.T,
+        changes,
         aspect="auto",
         cmap="viridis",
-        extent=(0.5, convergence.num_inference_steps - 0.5, len(convergence.layers), 0),
-        vmax=float(convergence.changes.median(0).values.quantile(0.95)),
+        extent=(0.5, convergence.num_inference_steps - 0.5, len(convergence.layers) + 0.5, 0.5),
+        vmax=float(changes.quantile(0.95)),
     )
-    layer_map.set_ylabel(f"the {len(convergence.layers)} layers,\nas `attn_processors` has them")
+    layer_map.yaxis.get_major_locator().set_params(integer=True)
+    layer_map.set_ylabel("layer, in the order\nof attn_processors")
     layer_map.set_xlabel("step")
-    figure.colorbar(image, ax=layer_map, label="median over prompts")
+    figure.colorbar(image, ax=layer_map, extend="max", label="median over prompts")
     figure.savefig(path, dpi=150)
 
 
