@@ -12,7 +12,7 @@ import diffusers
 import torch
 
 from tgate_processors._validation import require_tolerance, require_whole
-from tgate_processors.cli.explore import build_page, gradio, require_port, serve
+from tgate_processors.cli.explore import Drawer, build_page, gradio, require_port, serve
 from tgate_processors.cli.generate import Job, fingerprint, generate, given_or_own, read_prompts
 from tgate_processors.cli.outputs import require_file, require_folder, write_picture, write_plot, writing
 from tgate_processors.cli.processes import device_named, device_of_this_process, share_of_this_process
@@ -239,16 +239,15 @@ def run_explore(options: Options) -> int:
     steps = call.pop("num_inference_steps")
     require_whole("--steps", steps, least=2)
     require_port(options.port)
-    known: dict[str, Any] = {}
-    if options.model in EMBEDDED:
-        scenes = held_out_scenes(PAGE_COUNT, seed=0)
-        known = {"prompts": [caption(scene) for scene in scenes], "check_prompt": parse}
+    is_embedded = options.model in EMBEDDED
+    prompts = [caption(scene) for scene in held_out_scenes(PAGE_COUNT, seed=0)] if is_embedded else []
     with gradio() as gr:
         pipe = _pipeline_of(options, _device_of(options))
         config = _papers_of(options.model)
         check_can_apply(pipe, config)
-        page = build_page(gr, pipe, title=options.model, call=call, steps=steps, config=config, **known)
-        serve(gr, page, options.port)
+        drawer = Drawer(pipe, call=call, config=config, check_prompt=parse if is_embedded else None)
+        page = build_page(gr, drawer, title=options.model, steps=steps, prompts=prompts)
+        serve(gr, page, drawer, options.port)
     return DONE
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from tgate_processors._validation import require_whole
-from tgate_processors.errors import ConfigError, MissingPackageError, TGateError
-from tgate_processors.measure.pair import Asked, Pair, draw_pair
+from tgate_processors.errors import ConfigError, MissingPackageError, StateError, TGateError
+from tgate_processors.measure.pair import Asked, Pair, Stock, Tell, draw_pair
 from tgate_processors.measure.quality import OWN
 from tgate_processors.measure.samplers import SAMPLERS, sampler_on
 from tgate_processors.schedule import TGateConfig
@@ -58,12 +58,73 @@ def gradio() -> Iterator[Any]:
         yield gradio
 
 
-def serve(gr: Any, page: Any, port: int) -> None:
+class Drawer:
+    """Draws pairs, one at a time, until it is closed; it keeps the last stock run, for while only the gate moves.
+
+    Args:
+        pipe: A pipeline that makes images, not gated.
+        call: Arguments of the pipeline's call, such as `guidance_scale`.
+        config: The gate's settings that the page leaves alone.
+        check_prompt: Raises `ValueError` for a prompt that the model does not know; None: any will do.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        call: Mapping[str, Any],
+        config: TGateConfig,
+        check_prompt: Callable[[str], object] | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.config = config
+        self._call = call
+        self._check_prompt = check_prompt
+        self._last: Stock | None = None
+        self._drawing = threading.Lock()
+        self._closed = False
+
+    def draw(
+        self, prompt: str, steps: int, sampler: str, seed: int, gate_step: int, look_interval: int, *, tell: Tell
+    ) -> Pair:
+        """What the page's settings draw.
+
+        Raises:
+            ValueError: A setting breaks its rule; `ConfigError` where the library says it.
+            StateError: The drawer is closed.
+        """
+        if not prompt.strip():
+            raise ConfigError("`prompt` must say what to draw, got nothing. Write it.")
+        if self._check_prompt is not None:
+            self._check_prompt(prompt)
+        asked = Asked(prompt, steps, self._call, None if sampler == OWN else sampler, seed)
+        looks = look_interval if look_interval > 1 else None
+        config = replace(self.config, gate_step=gate_step, look_interval=looks)
+
+        def tell_unless_closed(part: float, name: str) -> None:
+            if self._closed:
+                raise StateError("The page has ended: nothing more is drawn.")
+            tell(part, name)
+
+        with self._drawing:
+            pair = draw_pair(self.pipe, asked, config, last=self._last, tell=tell_unless_closed)
+            self._last = pair.stock
+        return pair
+
+    def close(self) -> None:
+        """End what is being drawn, after the evaluation that is going on; nothing is drawn from then on."""
+        self._closed = True
+        with self._drawing:
+            pass
+
+
+def serve(gr: Any, page: Any, drawer: Drawer, port: int) -> None:
     """Serve a page to this machine alone until Ctrl-C.
 
     Args:
         gr: From `gradio`.
         page: From `build_page`.
+        drawer: What draws for it.
         port: A free port.
     """
     page.launch(
@@ -84,33 +145,21 @@ def serve(gr: Any, page: Any, port: int) -> None:
     except KeyboardInterrupt:
         pass
     finally:
+        drawer.close()  # a thread that computes while Python ends makes it abort
+        page.server.force_exit = True  # browsers keep their connections
         page.close(verbose=False)
 
 
-def build_page(
-    gr: Any,
-    pipe: Any,
-    *,
-    title: str,
-    call: Mapping[str, Any],
-    steps: int,
-    config: TGateConfig,
-    prompts: Sequence[str] = (),
-    check_prompt: Callable[[str], object] = lambda prompt: None,
-) -> Any:
-    """The page of a pipeline, as `gradio.Blocks`.
+def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequence[str] = ()) -> Any:
+    """The page, as `gradio.Blocks`.
 
     Args:
         gr: From `gradio`.
-        pipe: A pipeline that makes images, not gated.
+        drawer: What draws for it.
         title: Name of the model.
-        call: Arguments of the pipeline's call, such as `guidance_scale`.
         steps: Number of denoising steps at first.
-        config: The gate's settings at first, whose gate step is a count or a fraction.
         prompts: Examples of what to draw.
-        check_prompt: Raises `ValueError` for a prompt that the model does not know.
     """
-    last = None  # the stock run, which is not drawn again while only the gate moves
 
     def draw(
         prompt: str,
@@ -119,23 +168,19 @@ def build_page(
         seed: int,
         gate_step: int,
         look_interval: int,
-        progress: Any = gr.Progress(),  # noqa: B008  # gradio asks for it here
+        progress: Any = gr.Progress(),  # noqa: B008  # gradio looks for it here
     ) -> tuple[Any, ...]:
-        nonlocal last
+        def tell(part: float, name: str) -> None:
+            progress(part, desc=name)
+
         try:
-            if not prompt.strip():
-                raise ConfigError("`prompt` must say what to draw, got nothing. Write it.")
-            check_prompt(prompt)
-            asked = Asked(prompt, steps, call, None if sampler == OWN else sampler, seed)
-            looks = look_interval if look_interval > 1 else None
-            gate = replace(config, gate_step=gate_step, look_interval=looks)
-            pair = draw_pair(pipe, asked, gate, last=last, tell=lambda part, name: progress(part, desc=name))
-            last = pair.stock
+            pair = drawer.draw(prompt, steps, sampler, seed, gate_step, look_interval, tell=tell)
             return _enlarged(pair.stock.picture), _enlarged(pair.picture), told(pair), pair.plot()
         except (TGateError, ValueError) as error:
-            raise gr.Error(_in_labels(str(error)), duration=None, print_exception=False) from error
+            raise gr.Error(_in_labels(str(error)), print_exception=False) from error
 
-    at_first = config.schedule(steps).gate_step
+    config = drawer.config
+    gate_step_at_first = config.schedule(steps).gate_step
     with gr.Blocks(title=f"T-GATE on {title}", fill_width=True) as page:
         gr.Markdown(f"## The stock pipeline and T-GATE, on {title}")
         with gr.Row():
@@ -143,7 +188,12 @@ def build_page(
                 prompt = gr.Textbox(prompts[0] if prompts else "", label="prompt", max_lines=4, autofocus=True)
                 button = gr.Button("Draw", variant="primary")
                 gate_step = gr.Slider(
-                    1, steps, at_first, step=1, label="gate step", info="the first step that reuses cross-attention"
+                    1,
+                    steps,
+                    gate_step_at_first,
+                    step=1,
+                    label="gate step",
+                    info="the first step that reuses cross-attention",
                 )
                 look_interval = gr.Slider(
                     0,
@@ -155,12 +205,10 @@ def build_page(
                 )
                 steps_slider = gr.Slider(2, max(MOST_STEPS, steps), steps, step=1, label="steps")
                 with gr.Row():
-                    sampler = gr.Dropdown(_samplers_for(pipe), value=OWN, label="sampler", min_width=140)
+                    sampler = gr.Dropdown(_samplers_for(drawer.pipe), value=OWN, label="sampler", min_width=140)
                     seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=100)
                 if prompts:
-                    gr.Examples(
-                        list(prompts), prompt, example_labels=list(prompts), label="prompts that it was not taught"
-                    )
+                    gr.Examples(list(prompts), prompt, label="prompts that it was not taught")
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     settings = {"format": "png", "interactive": False, "min_width": 140, "buttons": ["download"]}

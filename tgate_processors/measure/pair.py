@@ -144,7 +144,7 @@ def draw_pair(
             warnings.simplefilter("always", UserWarning)
             with apply_tgate(pipe, config) as tgate:
                 callback = {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
-                picture, seconds = _timed(pipe, asked, "the gated pipeline", tell, callback)
+                picture, seconds = _timed(pipe, asked, "gated run", tell, callback)
         notes = [str(warning.message) for warning in warned if warning.category is UserWarning]
         return Pair(stock, config, picture, seconds, tgate.summary(), tuple(dict.fromkeys(notes)))
 
@@ -152,7 +152,7 @@ def draw_pair(
 def _draw_stock(pipe: Any, asked: Asked, tell: Tell) -> Stock:
     # Measured first: the run that is timed is then no colder than the gated one.
     try:
-        with _telling(pipe, "how cross-attention converges", tell):
+        with _telling(pipe, "convergence", tell):
             convergence = measure_convergence(
                 pipe,
                 [asked.prompt],
@@ -162,7 +162,7 @@ def _draw_stock(pipe: Any, asked: Asked, tell: Tell) -> Stock:
             )
     except ConfigError:  # too few steps, or no cross-attention of its own
         convergence = None
-    return Stock(asked, *_timed(pipe, asked, "the stock pipeline", tell, {}), convergence)
+    return Stock(asked, *_timed(pipe, asked, "stock run", tell, {}), convergence)
 
 
 def _timed(
