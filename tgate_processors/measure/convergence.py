@@ -306,7 +306,8 @@ def plot_curve(convergence: Convergence, axes: Any, tolerance: float) -> None:
     axes.plot(steps, convergence.median(), color=BLUE, label="median of layers and prompts")
     axes.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
     if median_low(gate_steps) < convergence.num_inference_steps:
-        label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
+        span = f" ({min(gate_steps)} to {max(gate_steps)})" if len(gate_steps) > 1 else ""
+        label = f"gate step {median_low(gate_steps)}{span}"
         axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
     axes.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
     axes.set_ylim(bottom=0)
