@@ -27,7 +27,7 @@ class Pictures:
 
     Args:
         accuracy: Share of pictures that show all that their prompts say.
-        to_base: Difference to the accuracy of the row that it is compared with, paired by prompt; None: it is that row.
+        to_base: Difference to the accuracy of the row compared with, paired by prompt; None: it is that row.
         psnr: Likeness to that row's pictures, in dB; None: it is that row.
     """
 
