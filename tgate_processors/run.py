@@ -63,10 +63,14 @@ class Run:
         return run
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config}): {self.progress}"
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
         if self.is_over:
-            return f"{type(self).__name__}({self.config}): over, {self.clock.num_steps} steps"
-        phase = self.schedule()[self.step].phase.value
-        return f"{type(self).__name__}({self.config}): step {self.step} of {self.clock.num_steps}, {phase}"
+            return f"over, {self.clock.num_steps} steps"
+        return f"step {self.step} of {self.clock.num_steps}, {self.schedule()[self.step].phase.value}"
 
     @property
     def step(self) -> int:
