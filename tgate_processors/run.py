@@ -213,10 +213,14 @@ class Part:
         return sum({id(tensor): tensor.nbytes for tensor in (*self._store.tensors, *self._seen.values())}.values())
 
     @property
-    def leaves_out_guidance(self) -> bool:
-        """Whether the last evaluation was of one branch of several."""
-        last = self.record.evaluations[-1]
-        return last.batch < self.record.batch_of(last.given) or (self.most_calls > 1 and self.strategy.leaves_out(1))
+    def saved(self) -> bool:
+        """Whether anything was reused or left out."""
+        record = self.record
+        return bool(record.left_out) or any(
+            evaluation.batch < record.batch_of(evaluation.given)
+            or self.layers.number_in(AttentionMode.REUSE, evaluation.mode) > len(evaluation.missed)
+            for evaluation in record.evaluations
+        )
 
     def before(self, inputs: Inputs, does_guidance: Callable[[], bool | None]) -> Call:
         """Begin an evaluation: what it is called with, or what is answered for it.
