@@ -54,6 +54,7 @@ PRESETS = {
 # What a pipeline's class is called, up to the part that tells its tasks apart, and its preset; the first that fits.
 KINDS = {
     "StableDiffusion3": "other-transformer",
+    "StableDiffusionLatentUpscale": "other-unet",  # which embeds its noise level as others embed their guidance
     "StableDiffusionXL": "sdxl",
     "StableDiffusion": "sd-1.5",
     "StableVideoDiffusion": "svd",
@@ -96,11 +97,12 @@ def suitable_preset(pipe: Any, denoiser: Any) -> str:
     """
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what `torch.compile` was given
     settings = getattr(denoiser, "config", None)
-    is_unet = any("UNet" in name for name in class_names(denoiser))
-    is_lcm = "LCMScheduler" in class_names(getattr(pipe, "scheduler", None))
-    if is_lcm or getattr(settings, "time_cond_proj_dim", None) is not None:
-        return "lcm-sdxl" if is_unet else "lcm-pixart"
+    # a mixin that loads UNets is a part of priors too
+    is_unet = any("UNet" in name and not name.endswith("Mixin") for name in class_names(denoiser))
     name = next(_kinds(pipe), "other-unet" if is_unet else "other-transformer")
+    embeds_guidance = name != "other-unet" and getattr(settings, "time_cond_proj_dim", None) is not None
+    if embeds_guidance or "LCMScheduler" in class_names(getattr(pipe, "scheduler", None)):
+        return "lcm-sdxl" if is_unet else "lcm-pixart"
     if name == "sd-1.5" and getattr(settings, "cross_attention_dim", None) == SD_2_TEXT_WIDTH:
         return "sd-2.1"
     return name
