@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tgate_processors.schedule import Branch
 
@@ -50,6 +50,11 @@ class Family:
     guidance: Guidance = Guidance.HALVES
     branch: Branch = "negative"
     begins_guided: bool = False
+
+
+def class_names(value: Any) -> list[str]:
+    """The names of an object's class and of all that it inherits from, the nearest first."""
+    return [cls.__name__ for cls in type(value).__mro__]
 
 
 def _named(known: Known, names: str) -> dict[str, Known]:

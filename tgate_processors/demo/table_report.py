@@ -1,11 +1,12 @@
 """The rows of the benchmark table (published, counted, timed, drawn), as text, as JSON and as a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tgate_processors._tables import format_settings, format_table
+from tgate_processors._tables import Shown, format_settings
+from tgate_processors._tables import Table as TextTable
 from tgate_processors.measure.bench import Spread
 from tgate_processors.measure.intervals import Estimate
 from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
@@ -81,7 +82,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Shown):
     """All rows, and how they were measured."""
 
     settings: Mapping[str, Any]
@@ -90,12 +91,20 @@ class Table:
     def as_dict(self) -> dict[str, Any]:
         return {"settings": dict(self.settings), "rows": [row.as_dict() for row in self.rows]}
 
-    def __str__(self) -> str:
-        errors = [f"{row.published.name}: {row.error}" for row in self.rows if row.error]
-        parts = [format_settings(self.settings), self._at_full_size(), self._measured(), NOTES, *errors]
-        return "\n\n".join(parts)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.rows)} rows)"
 
-    def _at_full_size(self) -> str:
+    def _parts(self) -> Iterator[str | TextTable]:
+        yield format_settings(self.settings)
+        for part in (self._at_full_size(), self._measured(), NOTES):
+            yield ""
+            yield part
+        for row in self.rows:
+            if row.error:
+                yield ""
+                yield f"{row.published.name}: {row.error}"
+
+    def _at_full_size(self) -> TextTable:
         heading = ("at full size", "TMACs, published", "counted", "difference", "with attention's products")
         lines = [
             (
@@ -109,9 +118,9 @@ class Table:
             )
             for row in self.rows
         ]
-        return format_table([(*heading, "parameters, M, published", "counted"), *lines])
+        return TextTable([(*heading, "parameters, M, published", "counted"), *lines])
 
-    def _measured(self) -> str:
+    def _measured(self) -> TextTable:
         heading = ("measured", "speed-up, published", "at reduced size", "FID, published", "embedded model")
         lines = [
             (
@@ -124,7 +133,7 @@ class Table:
             )
             for row in self.rows
         ]
-        return format_table([(*heading, "accuracy, %", "points more", "PSNR, dB"), *lines])
+        return TextTable([(*heading, "accuracy, %", "points more", "PSNR, dB"), *lines])
 
 
 def _cells(pictures: Pictures | None) -> tuple[str, str, str]:

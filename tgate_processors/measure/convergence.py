@@ -1,7 +1,7 @@
 """How a model's cross-attention converges over a run: the curve of the papers' figure 2, and the gate step in it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median_low
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors._loop import Loop
 from tgate_processors._pipelines import denoisers_of, takes_callback
+from tgate_processors._tables import Shown, Table
 from tgate_processors._validation import require_tolerance
 from tgate_processors._watch import has_converged, watched_layers
 from tgate_processors.errors import ConfigError, StateError
@@ -26,7 +27,7 @@ from tgate_processors.schedule import TGateConfig
 
 
 @dataclass(frozen=True)
-class Convergence:
+class Convergence(Shown):
     """How much cross-attention's outputs change from one step to the next in the stock pipeline.
 
     Args:
@@ -39,6 +40,15 @@ class Convergence:
     changes: Tensor
     layers: tuple[str, ...]
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        prompts, _, layers = self.changes.shape
+        return f"{type(self).__name__}({prompts} prompts, {self.num_inference_steps} steps, {layers} layers)"
+
+    def _parts(self) -> Iterator[str | Table]:
+        columns = zip(self.median().tolist(), *(edge.tolist() for edge in self.band()), strict=True)
+        rows = [(str(step), *(f"{value:.3f}" for value in values)) for step, values in enumerate(columns, 1)]
+        yield Table([("step", "change, median", "a quarter", "three quarters"), *rows])
 
     @property
     def num_inference_steps(self) -> int:

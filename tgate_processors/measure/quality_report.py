@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgate_processors._tables import format_settings, format_table
+from tgate_processors._tables import Shown, Table, format_settings
 from tgate_processors.measure.intervals import Estimate, difference, estimate
 from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
 
@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """All rows under one sampler, the stock pipeline's first.
 
     Args:
@@ -141,7 +141,10 @@ class Report:
             "gate_steps": list(row.gate_steps),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sampler {self.sampler}, {len(self.rows)} ways)"
+
+    def _parts(self) -> Iterator[str | Table]:
         has_frechet = ["Fréchet"] if any(row.frechet is not None for row in self.measured) else []
         heading = (f"sampler {self.sampler}", "arithmetic", f"{self.deciding}, %", "to stock, points")
         more = ("to the papers' gate", "PSNR, dB", "to the papers' gate", "SSIM", *has_frechet, "")
@@ -159,7 +162,8 @@ class Report:
             )
             for row in self.measured
         ]
-        return "\n".join([format_table([heading + more, *lines]), *self._notes()])
+        yield Table([heading + more, *lines])
+        yield from self._notes()
 
     def _shown_to_papers(self, row: Row) -> tuple[str, str, str]:
         psnr = "" if row.psnr is None else estimate(row.psnr).shown(1)
@@ -203,7 +207,7 @@ class Together:
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(Shown):
     """The reports of all samplers.
 
     Args:
@@ -253,13 +257,20 @@ class Quality:
             "together": [asdict(row) for row in self.together()],
         }
 
-    def __str__(self) -> str:
-        parts = [format_settings(self.settings), *map(str, self.reports)]
-        if len(self.reports) > 1:
-            parts.append(self._table_of_all())
-        return "\n\n".join(parts)
+    def __repr__(self) -> str:
+        samplers = ", ".join(report.sampler for report in self.reports)
+        return f"{type(self).__name__}({len(self.reports[0].rows)} ways under {samplers})"
 
-    def _table_of_all(self) -> str:
+    def _parts(self) -> Iterator[str | Table]:
+        yield format_settings(self.settings)
+        for report in self.reports:
+            yield ""
+            yield from report._parts()
+        if len(self.reports) > 1:
+            yield ""
+            yield self._table_of_all()
+
+    def _table_of_all(self) -> Table:
         deciding = self.reports[0].deciding
         names = (report.sampler for report in self.reports)
         of_all = (f"{deciding}, %", "to stock, points", "to the papers' gate", "PSNR to the papers' gate, dB")
@@ -275,7 +286,7 @@ class Quality:
             )
             for row in self.together()
         ]
-        return format_table([heading, *lines])
+        return Table([heading, *lines])
 
 
 def plot_quality(quality: Quality, path: Path) -> None:
