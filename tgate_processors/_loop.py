@@ -399,7 +399,8 @@ def _say_that_few_steps_gain_little() -> None:
     """Once in a process."""
     logger.warning(
         "a run of %d steps or fewer that drops no guidance gains little from T-GATE: with latent-consistency models, "
-        "in 4 steps, its authors report 1.04 to 1.08 times the speed. `summary()` says what your run saves.",
+        "in 4 steps, its authors report 1.04 to 1.08 times the speed. On the embedded models, a gate at step 1 of 4 "
+        "costs 8 points of accuracy (UNet) and 56 (PixArt). `summary()` says what your run saves.",
         FEW_STEPS,
     )
 

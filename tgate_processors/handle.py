@@ -69,7 +69,7 @@ def apply_tgate(
             "pipeline's.",
             stacklevel=2,
         )
-    _warn_of_sampler(pipe, settings)
+    _warn_of_costs(pipe, settings)
     return TGate(Loop(pipe, settings, deepcache=deepcache), callback_on_step_end, preset)
 
 
@@ -83,8 +83,8 @@ def _preset_of(pipe: Any, config: object) -> str | None:
     return None
 
 
-def _warn_of_sampler(pipe: Any, config: TGateConfig) -> None:
-    """A setting that was measured to cost more under the pipeline's sampler than under others says so."""
+def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
+    """Warn of settings that were measured to cost more with this sampler or kind of network than with others."""
     scheduler = getattr(pipe, "scheduler", None)
     name = type(scheduler).__name__
     drops_half = pipelines.family_of(pipe).guidance.has_halves
@@ -104,6 +104,13 @@ def _warn_of_sampler(pipe: Any, config: TGateConfig) -> None:
             f'`gate_step` should be a count or a fraction with this {name}, got "auto": its tolerance was found under '
             "DDIM. On the embedded model the gate closes too early under DPM++ 2M Karras, which costs 8 pictures in "
             '100, and hardly ever under Euler ancestral. Pass `gate_step=0.4`, or `preset("looks")`.',
+            stacklevel=3,
+        )
+    if config.gate_step == "auto" and not hasattr(pipe, "unet"):
+        warnings.warn(
+            f"`gate_step` should be a count or a fraction for a transformer such as that of {type(pipe).__name__}, got "
+            '"auto": its tolerance was found on a UNet. On the embedded PixArt it suggests step 7 of 25, where the gate '
+            "loses a third of the pictures. Pass `gate_step=0.6`.",
             stacklevel=3,
         )
     if config.guidance_start and is_ancestral:
