@@ -356,7 +356,7 @@ def test_a_setting_that_costs_more_under_the_sampler_is_told(sampler, config, me
 
 def test_a_transformer_is_told_that_auto_was_found_on_a_unet():
     """A UNet with the same settings is told nothing: a warning is an error in these tests."""
-    with pytest.warns(UserWarning, match="`gate_step` should be a count or a fraction for a transformer, as Pix") as said:
+    with pytest.warns(UserWarning, match="a count or a fraction for a transformer, as PixArtAlpha") as said:
         apply_tgate(tiny("pixart-alpha").pipe, TGateConfig(gate_step="auto")).remove()
     assert [one.filename for one in said] == [__file__]
     apply_tgate(tiny("sd").pipe, TGateConfig(gate_step="auto")).remove()

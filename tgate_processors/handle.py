@@ -108,9 +108,9 @@ def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
         )
     if config.gate_step == "auto" and not hasattr(pipe, "unet"):
         warnings.warn(
-            f"`gate_step` should be a count or a fraction for a transformer such as that of {type(pipe).__name__}, got "
-            '"auto": its tolerance was found on a UNet. On the embedded PixArt it suggests step 7 of 25, where the gate '
-            "loses a third of the pictures. Pass `gate_step=0.6`.",
+            f"`gate_step` should be a count or a fraction for a transformer, as {type(pipe).__name__} has, got "
+            '"auto": its tolerance was found on a UNet. On the embedded PixArt it suggests step 7 of 25, and the gate '
+            "there loses a third of the pictures. Pass `gate_step=0.6`.",
             stacklevel=3,
         )
     if config.guidance_start and is_ancestral:
