@@ -14,32 +14,36 @@ PAGE = Path(__file__).parent.parent / "docs" / "pipelines.md"
 
 HEADING = """# Pipelines
 
-Every pipeline class of diffusers 0.42, and what is known of it. Each class of the first two tables is built from
-its real classes at toy size and run by `tests/test_pipelines.py`: equal to the stock pipeline when the gate never
-closes; its evaluations and batches counted when it does; equal to stock after removal; two pictures at once equal
-to each alone. This page is written by `python tests/pipelines_page.py`; a test fails when it is stale, or when
-diffusers has a class that is not here.
+This page lists every pipeline class of diffusers 0.42 and what T-GATE leaves out of it. `tests/test_pipelines.py`
+builds each class of the first two tables from its real classes at toy size and runs it. The tests check that:
 
-A class that derives from one of these is taken to be like it. Any other pipeline whose denoiser has
-cross-attention is gated with a warning: compare its pictures with the stock pipeline's.
+- the gated pipeline equals the stock pipeline when the gate never closes, and again after removal;
+- it makes the right number of evaluations, with the right batches, when the gate closes;
+- two pictures at once equal each picture alone.
 
-*Guidance after the gate* says what is dropped:
+`python tests/pipelines_page.py` writes this page. A test fails if the page is out of date, or lacks a class of
+diffusers.
+
+A class that derives from one of these is treated like it. `apply_tgate` gates any other pipeline whose denoiser has
+cross-attention too, and warns. Compare its pictures with the stock pipeline's.
+
+The column *guidance after the gate* says what the gate drops:
 """
 
-CROSS = """## Gated, with cross-attention
+CROSS = """## Pipelines that reuse cross-attention
 
-Cross-attention is reused, and guidance is dropped.
+The gate reuses cross-attention, and drops guidance as the third column says.
 """
 
-ALONE = """## Gated, guidance alone
+ALONE = """## Pipelines that drop guidance alone
 
-The text joins self-attention, so that no output of cross-attention could be kept. The positive branch goes on
-after the gate, and only guidance is left out. `gate_step="auto"`, `sp_interval` and `fi_interval` are refused. In
-pipelines that do guidance on request (FLUX and Qwen-Image with `true_cfg_scale` and a negative prompt, for
-example) a run without it is told so by a warning.
+In these models the text is part of self-attention, so they have no cross-attention output to keep. After the gate the
+positive branch goes on, and the gate leaves out only guidance. `apply_tgate` refuses `gate_step="auto"`, `sp_interval`
+and `fi_interval`. Some pipelines do guidance only on request (FLUX and Qwen-Image with `true_cfg_scale` and a negative
+prompt, for example). Without guidance, the run warns that the gate does nothing.
 """
 
-REFUSED_LOOPS = """## Refused
+REFUSED_LOOPS = """## Pipelines that are refused
 
 `apply_tgate` raises `UnsupportedPipelineError` with the reason.
 """

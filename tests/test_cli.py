@@ -16,7 +16,7 @@ from tgate_processors.cli import main
 from tgate_processors.measure.convergence import Convergence
 
 
-COMMANDS = ["demo", "generate", "cost", "bench", "table", "calibrate", "quality", "tune"]
+COMMANDS = ["demo", "generate", "cost", "bench", "table", "calibrate", "quality", "tune", "explore"]
 
 
 def test_the_version(capsys):
@@ -35,7 +35,7 @@ def test_the_help_says_what_each_option_is(command, capsys):
     said = capsys.readouterr().out
     assert "default: None" not in said
     assert "default: False" not in said
-    assert "--gate-step" in said or command in ("table", "calibrate", "quality", "tune")
+    assert "--gate-step" in said or command in ("table", "calibrate", "quality", "tune", "explore")
     assert "--steps" in said or command == "table"
 
 

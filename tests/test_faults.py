@@ -1311,7 +1311,9 @@ def test_the_mean_of_halves_does_not_overflow():
 
 def test_a_gate_that_never_closes_is_said_once_a_handle():
     pipe = build()
-    message = "`gate_step` should be below the number of steps, got 99 of 4: the gate never closes. Pass `gate_step=1`"
+    message = (
+        "`gate_step` should be below the number of steps, got 99 of 4: the gate never closed. Pass `gate_step=0.4`"
+    )
     with apply_tgate(pipe, NEVER) as tgate:
         with pytest.warns(UserWarning, match=message):
             pipe(**call(), callback_on_step_end=tgate)

@@ -143,7 +143,7 @@ def test_a_run_ends_with_its_last_step_or_with_the_next_start():
     assert torch.equal(unet(sample, 5, text).sample, own)
 
 
-def test_what_they_are_is_shown_in_a_few_lines():
+def test_what_they_are_is_shown_in_a_line():
     unet = tiny("sd").denoiser
     gate = Gate(TGateConfig(gate_step=2))
     assert repr(gate) == "Gate(gate_step=2): 0 layers, no run"
@@ -154,22 +154,25 @@ def test_what_they_are_is_shown_in_a_few_lines():
     run.stop()
     assert repr(run) == "LoopRun(gate_step=2): over, 4 steps"
     schedule = TGateConfig(gate_step=2).schedule(4)
-    assert repr(schedule) == str(schedule)
-    assert len(repr(schedule).splitlines()) == 4
+    assert repr(schedule) == "Schedule(gate_step=2): 4 steps, gate step 2"
+    assert len(str(schedule).splitlines()) == 4
 
 
-def test_the_handle_and_its_summary_are_shown_in_a_few_lines():
+def test_the_handle_and_its_summary_are_shown_in_a_line_and_print_as_tables():
     subject = tiny("sd")
     tgate = apply_tgate(subject.pipe, TGateConfig(gate_step=2))
-    assert repr(tgate).splitlines() == [
-        "TGate on StableDiffusionPipeline",
-        "settings          gate_step=2",
-        "networks          UNet2DConditionModel, 7 gated layers",
-        "run               none yet",
+    assert repr(tgate) == "TGate on StableDiffusionPipeline: gate_step=2; run none yet"
+    assert str(tgate).splitlines() == [
+        "gate      on StableDiffusionPipeline",
+        "settings  gate_step=2",
+        "networks  UNet2DConditionModel, 7 gated layers",
+        "run       none yet",
     ]
+    assert repr(tgate.summary()) == "Summary(no run yet)"
     subject(tgate)
     summary = tgate.summary()
-    assert repr(summary) == str(summary)
-    assert len(repr(summary).splitlines()) <= 8
+    saved = f"{summary.macs_saved:.1%} of the arithmetic saved"
+    assert repr(summary) == f"Summary(12 steps, gate closed before step 2, {saved})"
+    assert len(str(summary).splitlines()) <= 8
     tgate.remove()
-    assert repr(tgate).startswith("TGate, removed from StableDiffusionPipeline")
+    assert repr(tgate) == "TGate removed from StableDiffusionPipeline: gate_step=2; run over, 12 steps"

@@ -117,7 +117,7 @@ def test_playground_statistics_of_latents_are_kept():
             subject.pipe.vae.register_to_config(latents_mean=statistics, latents_std=[2.0, 1.0, 1.5, 1.0])
         pipe = tg.TgateSDXLLoader(subject.pipe, gate_step=9)
         kwargs = subject.kwargs(num_inference_steps=2, output_type="pt", guidance_scale=3.0)
-        with pytest.warns(UserWarning, match="the gate never closes"):
+        with pytest.warns(UserWarning, match="the gate never closed"):
             pictures[statistics is None] = pipe.tgate(**kwargs).images
         assert torch.equal(pictures[statistics is None], pipe(**subject.kwargs() | kwargs).images)
     assert not torch.allclose(pictures[True], pictures[False])
@@ -275,7 +275,7 @@ def test_a_gate_past_the_run_is_said():
     stock = subject(num_inference_steps=4)
     pipe = tg.TgateSDLoader(subject.pipe)
     with pytest.warns(
-        UserWarning, match=r"below the number of steps, got 9 of 4: the gate never closes. Pass `gate_step=1`"
+        UserWarning, match=r"below the number of steps, got 9 of 4: the gate never closed. Pass `gate_step=0.4`"
     ):
         image = pipe.tgate(**subject.kwargs(num_inference_steps=4), gate_step=9).images
     assert torch.equal(image, stock)

@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import zoo_transformers  # noqa: F401  # its pipelines register themselves
 from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from PIL import Image
 from tiny import fingerprint, left_behind, seeded, tiny
 from torch.nn import functional
@@ -23,8 +25,9 @@ from tgate_processors.demo import experiments
 from tgate_processors.demo.embedded import load_demo_pipeline
 from tgate_processors.demo.evaluate import generate, held_out_scenes
 from tgate_processors.demo.world import caption
-from tgate_processors.measure import likeness, ways
+from tgate_processors.measure import likeness, quality_report, ways
 from tgate_processors.measure.intervals import difference, estimate
+from tgate_processors.measure.plotting import new_figure
 from tgate_processors.measure.quality import Drawn, chosen_ways, compare, draw, quality_of_pipeline, ways_for
 from tgate_processors.measure.quality_report import Quality, Report, Row, plot_quality
 from tgate_processors.measure.samplers import SAMPLERS, sampler_on
@@ -333,6 +336,18 @@ def test_it_is_pictured(tmp_path, samplers):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
 
 
+def test_names_in_the_picture_lie_apart(tmp_path, monkeypatch):
+    looks = [row(f"look: {gate}, every 5", 0.6 + gate / 1000, 0.9) for gate in range(4, 10)]
+    report = Report("toy", "all", (*REPORT.rows[:2], *looks, row("gate step 1", 0.5, 0.3, gate_step=1)))
+    figure = new_figure(9, 7)
+    monkeypatch.setattr(quality_report, "new_figure", lambda *size: figure)
+    plot_quality(Quality({"model": "toy"}, [report]), tmp_path / "plot.png")
+    names = figure.axes[0].texts
+    assert {name.get_text() for name in names} == {"stock", "gate step 4", *(look.name for look in looks)}
+    assert not any(one.overlaps(other) for one, other in combinations(map(Text.get_window_extent, names), 2))
+    assert figure.axes[0].get_xlabel().endswith("below what is shown: gate step 1 30.0%")
+
+
 def test_likeness_by_hand():
     pictures = torch.full((2, 3, 16, 16), 0.5)
     others = pictures.clone()
@@ -417,7 +432,7 @@ def test_quality_of_the_demo(tmp_path, capsys):
         assert all(row["error"] is None for row in rows.values())
         assert rows["gate step 1"]["arithmetic"] < rows["gate step 5"]["arithmetic"] < 1
         assert rows["gate step 1"]["psnr"]["mean"] < rows["gate step 5"]["psnr"]["mean"]
-        assert {"shape", "colour", "size", "pattern", "all right"} <= rows["stock"]["scores"].keys()
+        assert {"shape", "colour", "size", "pattern", "accuracy"} <= rows["stock"]["scores"].keys()
         assert rows["gate step 2"]["to_papers"] is None
         assert rows["gate step 5"]["psnr_to_papers"]["mean"] > 0
         assert report["gate_step"] in range(1, 6)

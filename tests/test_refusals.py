@@ -1,6 +1,7 @@
 """What cannot be gated is refused with a sentence, and nothing is half-installed."""
 
 import math
+import re
 import warnings
 
 import diffusers
@@ -47,11 +48,14 @@ def test_applying_twice():
     apply_tgate(subject.pipe, CONFIG)
 
 
-def test_a_config_that_is_none():
-    with pytest.raises(
-        ConfigError, match=r"`config` must be a TGateConfig, got 10. Pass `TGateConfig\(gate_step=10\)`"
-    ):
-        apply_tgate(tiny("sd").pipe, 10)
+@pytest.mark.parametrize("config", [10, 0.4, {"gate_step": 10}, TGateConfig])
+def test_a_config_of_another_type(config):
+    subject = tiny("sd")
+    before = fingerprint(subject.denoiser)
+    message = f"`config` must be a TGateConfig or the name of a preset, got {config!r}. Pass for example"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        apply_tgate(subject.pipe, config)
+    assert fingerprint(subject.denoiser) == before
 
 
 def test_a_pipeline_without_a_denoiser():
@@ -165,6 +169,9 @@ def test_a_processor_that_diffusers_made_anew_loses_its_gate():
 
 def test_a_summary_before_a_run():
     summary = apply_tgate(tiny("sd").pipe, CONFIG).summary()
-    assert str(summary) == "no run yet: run the pipeline, then ask"
+    assert str(summary).splitlines() == [
+        "settings  gate_step=2, sp_interval=2",
+        "run       none yet: run the pipeline, then ask",
+    ]
     assert summary.batches == ()
     assert math.isnan(summary.macs_saved)

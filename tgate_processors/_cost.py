@@ -4,7 +4,7 @@ The copy is stock and never gated: what a reused layer would cost is taken off. 
 written to: diffusers' own processors are copied, anybody else's are counted as diffusers' default.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from tgate_processors._layers import attention_layers, cross_attention_layers, i
 from tgate_processors._modes import AttentionMode, StepMode
 from tgate_processors._record import Evaluation
 from tgate_processors._store import kinds
+from tgate_processors._tables import Shown, Table
 
 
 # What counts as Linear and Conv; attention's two products and the like are matrix products beside these.
@@ -27,7 +28,7 @@ LINEAR_AND_CONV = {"aten.convolution", "aten.addmm", "aten.mm"}
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Shown):
     """What evaluations cost; costs add up.
 
     Args:
@@ -44,6 +45,17 @@ class Cost:
     cross_reused: int = 0
     self_computed: int = 0
     self_reused: int = 0
+
+    def _parts(self) -> Iterator[Table]:
+        yield Table(
+            [
+                ("GMACs", f"{self.macs / 1e9:.3f}"),
+                ("GMACs, Linear and Conv only", f"{self.linear_and_conv_macs / 1e9:.3f}"),
+                ("cross-attention", f"{self.cross_computed} calls computed, {self.cross_reused} reused"),
+                ("self-attention", f"{self.self_computed} calls computed, {self.self_reused} reused"),
+            ],
+            has_heading=False,
+        )
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(**{name: value + getattr(other, name) for name, value in vars(self).items()})

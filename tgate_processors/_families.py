@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tgate_processors.schedule import Branch
 
@@ -13,13 +13,13 @@ Known = TypeVar("Known")
 class Guidance(Enum):
     """How a pipeline evaluates the branches of its guidance."""
 
-    HALVES = "one batch `[negative, positive]`: one half is dropped"
-    HALVES_POSITIVE_FIRST = "one batch `[positive, negative]`: one half is dropped"
-    HALVES_THEN_CALLS = "one batch `[negative, positive]`, then calls of one branch: a half of the batch is dropped"
-    LISTS = "one list of pictures, the positive ones first: the negative ones are dropped"
-    CALLS = "a call for each branch: the calls after the first are left out"
-    PARTS = "one batch of three parts or more: kept, cross-attention alone is reused"
-    NONE = "there is none: cross-attention alone is reused"
+    HALVES = "the batch is `[negative, positive]`, and the gate drops one half"
+    HALVES_POSITIVE_FIRST = "the batch is `[positive, negative]`, and the gate drops one half"
+    HALVES_THEN_CALLS = "a batch `[negative, positive]` comes before calls of one branch; the gate drops half of it"
+    LISTS = "the list of pictures begins with the positive ones, and the gate drops the negative ones"
+    CALLS = "each branch is a call, and the gate leaves out the calls after the first"
+    PARTS = "the batch has three parts or more, and the gate keeps them all and reuses only cross-attention"
+    NONE = "the pipeline does no guidance, and the gate reuses only cross-attention"
 
     @property
     def has_halves(self) -> bool:
@@ -50,6 +50,11 @@ class Family:
     guidance: Guidance = Guidance.HALVES
     branch: Branch = "negative"
     begins_guided: bool = False
+
+
+def class_names(value: Any) -> list[str]:
+    """The names of an object's class and of all that it inherits from, the nearest first."""
+    return [cls.__name__ for cls in type(value).__mro__]
 
 
 def _named(known: Known, names: str) -> dict[str, Known]:

@@ -67,6 +67,10 @@ class GatedLayers:
         """The names of the cross-attention layers."""
         return self._cross.keys()
 
+    def number_in(self, mode: AttentionMode, step: StepMode) -> int:
+        """How many layers are in a mode in a step of this mode."""
+        return len(self._cross) * (step.cross_attention is mode) + len(self._self) * (step.self_attention is mode)
+
     def hold(self, layers: Mapping[str, GatedLayer]) -> None:
         """Have these layers from now on."""
         self._cross = {name: layer for name, layer in layers.items() if layer.is_cross_attention}

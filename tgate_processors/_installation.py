@@ -40,7 +40,8 @@ class Installation:
             self_attention: Whether self-attention is gated too.
 
         Raises:
-            UnsupportedPipelineError: The network has no cross-attention layer of its own.
+            UnsupportedPipelineError: The network merges tokens around cross-attention, or has a processor whose maps
+                are read in every step.
         """
         processors = gate_layers(self._network, self.layers, self_attention=self_attention)
         below = {name: ungated(processor) for name, processor in processors.items()}

@@ -10,6 +10,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -197,26 +198,61 @@ class Loop:
         if run is None or run.is_over or network not in self.denoisers:
             return
         part = run.parts[network.layers]
-        if run.closed and part.calls == 1 and not part.leaves_out_guidance:
-            self._say_that_no_guidance_is_dropped(run)
         # A network that is called first in the last step has as many calls to come as the others had.
         most = max(one.most_calls for one in run.parts.values())
         is_known = run.position > 0 or self._most_calls(run, part) == 1
         is_last = is_known and run.position == run.clock.num_evaluations - 1 and part.calls == most
         is_ended = is_last and run.last_callback < 0  # else the callback ends it
         if is_ended or not (run.is_seen or self._takes_callback):
-            run.move_to(run.position + 1)
+            self._move(run, run.position + 1)
 
-    def _say_that_no_guidance_is_dropped(self, run: PipelineRun) -> None:
-        if self.drops_guidance_alone:
+    def _move(self, run: PipelineRun, position: int) -> None:
+        """Go to an evaluation of the run; past the last one, say what it did not save."""
+        if not run.is_over:
+            run.move_to(position)
+            if run.is_over and not self._watches_all:
+                self._say_what_was_not_saved(run)
+
+    def _say_what_was_not_saved(self, run: PipelineRun) -> None:
+        """Say it of a run that has come to its end; one that failed or was cancelled had no chance."""
+        steps = run.clock.num_steps
+        if run.gate_step >= steps:
+            self._warn("gate_step", self._that_it_never_closed(steps))
+        elif self.drops_guidance_alone:
             if not run.dropped_guidance:
                 self._warn(
                     "guidance",
                     f"`pipe` should do guidance in this run, got none from the {type(self.pipe).__name__}: nothing "
                     "else can be left out of it, and the gate does nothing. Turn guidance on, or run without T-GATE.",
                 )
-            return
-        if run.clock.num_steps <= FEW_STEPS:
+        elif not any(part.saved for part in run.parts.values()):
+            self._warn(
+                "saved",
+                "`gate_step` should be past the steps in which the latents change their size or batch, got "
+                f"{self.config.gate_step} of {steps}: nothing that was stored fitted the steps after the gate, so the "
+                "run saved nothing. Pass a later one, or run without T-GATE.",
+            )
+        elif not run.dropped_guidance:
+            self._say_what_guidance_would_save(steps)
+
+    def _that_it_never_closed(self, steps: int) -> str:
+        if self.config.gate_step == "auto":
+            last = f", it changed by {fmean(self.changes[-1]):.3f} in the last step" if self.changes else ""
+            return (
+                f'`gate_step` should be a count or a fraction for this run of {steps} steps, got "auto": the gate '
+                f"never closed. Cross-attention had not converged{last}, and `tolerance` is "
+                f"{self.config.tolerance:g}. Pass `gate_step=0.4`, or a larger `tolerance`."
+            )
+        advice = "Pass `gate_step=0.4` for two fifths of the steps" if steps > 1 else "Take more steps"
+        return (
+            f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate never "
+            f"closed. {advice}, or run without T-GATE."
+        )
+
+    def _say_what_guidance_would_save(self, steps: int) -> None:
+        """Say it of a run that drops none."""
+        does_guidance = self._family.guidance is Guidance.PARTS or self.does_guidance()
+        if steps <= FEW_STEPS and not does_guidance and not self.reuses_self_attention:
             _say_that_few_steps_gain_little()
         if self.config.look_interval is not None:
             self._warn(
@@ -243,7 +279,7 @@ class Loop:
             )
         run.last_callback = step_index
         if self._takes_callback:
-            run.move_to(step_index + 1)
+            self._move(run, step_index + 1)
 
     def stop(self) -> None:
         """End the run that is going on, if any."""
@@ -269,9 +305,6 @@ class Loop:
         for network in self.networks:
             network.install(self)
         self.run = run
-        does_something = self.reuses_self_attention or self.config.guidance_start
-        if self.config.gate_step != "auto" and run.gate_step >= run.clock.num_steps and not does_something:
-            self._warn_that_it_never_closes(run)
         return run
 
     def _check_can_begin(self, first: int | None) -> None:
@@ -288,14 +321,6 @@ class Loop:
                 f"`pipe` must say which step it is in, got a {name}, which calls no `callback_on_step_end` and "
                 "converts its timesteps before they reach the denoiser. Run it without T-GATE."
             )
-
-    def _warn_that_it_never_closes(self, run: PipelineRun) -> None:
-        steps = run.clock.num_steps
-        self._warn(
-            "gate_step",
-            f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate "
-            f"never closes. Pass `gate_step={max(1, 2 * steps // 5)}` for two fifths of the steps.",
-        )
 
     def _warn(self, argument: str, message: str) -> None:
         """Once for each argument."""

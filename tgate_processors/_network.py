@@ -74,7 +74,8 @@ class GatedNetwork(NotTheLoop):
         """Be evaluated by a pipeline's loop too.
 
         Raises:
-            UnsupportedPipelineError: The network has no cross-attention layer of its own.
+            UnsupportedPipelineError: The network merges tokens around cross-attention, or has a processor whose maps
+                are read in every step.
         """
         with self._lock:
             self.install(loop)

@@ -10,7 +10,7 @@ from diffusers.guiders import BaseGuidance
 
 from tgate_processors._callers import local_of
 from tgate_processors._clock import StepClock
-from tgate_processors._families import FAMILIES, REFUSED, Family, Guidance
+from tgate_processors._families import FAMILIES, REFUSED, Family, Guidance, class_names
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
 
@@ -21,7 +21,7 @@ def check_is_not_refused(pipe: Any) -> None:
     Raises:
         UnsupportedPipelineError: It is one of `REFUSED`.
     """
-    for name in _class_names(pipe):
+    for name in class_names(pipe):
         if name in REFUSED:
             raise UnsupportedPipelineError(
                 f"`pipe` must be a pipeline with something to leave out from a step on, got {name}: "
@@ -50,7 +50,7 @@ def check_guider(pipe: Any) -> None:
         ConfigError: The guider's predictions are not those of two branches.
     """
     for name, guider in _guiders_of(pipe):
-        if TWO_PREDICTIONS.isdisjoint(_class_names(guider)):
+        if TWO_PREDICTIONS.isdisjoint(class_names(guider)):
             raise ConfigError(
                 f"`pipe.{name}` must be a guider of two branches beside T-GATE, such as ClassifierFreeGuidance, got a "
                 f"{type(guider).__name__}. Pass another one, or run without T-GATE."
@@ -71,21 +71,17 @@ def family_of(pipe: Any) -> Family:
     otherwise = Family()
     if isinstance(pipe, ModularPipeline):
         otherwise = Family(Guidance.CALLS if any(_guiders_of(pipe)) else Guidance.NONE)
-    return next((FAMILIES[name] for name in _class_names(pipe) if name in FAMILIES), otherwise)
+    return next((FAMILIES[name] for name in class_names(pipe) if name in FAMILIES), otherwise)
 
 
 def is_known(pipe: Any) -> bool:
     """Whether the pipeline's class, or one that it inherits from, is in `FAMILIES`, or its guider says all."""
-    return isinstance(pipe, ModularPipeline) or any(name in FAMILIES for name in _class_names(pipe))
+    return isinstance(pipe, ModularPipeline) or any(name in FAMILIES for name in class_names(pipe))
 
 
 def is_listed(pipe: Any) -> bool:
     """Whether the pipeline is of a class in `FAMILIES`, and not one derived from it, whose loop may be another."""
     return isinstance(pipe, ModularPipeline) or type(pipe).__name__ in FAMILIES
-
-
-def _class_names(value: Any) -> list[str]:
-    return [cls.__name__ for cls in type(value).__mro__]
 
 
 DENOISERS = ("unet", "transformer", "transformer_2")

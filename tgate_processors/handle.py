@@ -1,7 +1,7 @@
 """Gating a pipeline: `apply_tgate` attaches the gate to its networks, and the handle takes it away again."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,9 @@ from tgate_processors._interception import interceptor_of
 from tgate_processors._layers import check_has_cross_attention, check_merges_no_cross_attention, cross_attention_layers
 from tgate_processors._loop import Loop
 from tgate_processors._network import GatedNetwork
+from tgate_processors._tables import Shown, Table
 from tgate_processors.errors import ConfigError, StateError, UnsupportedPipelineError
+from tgate_processors.presets import PRESETS, preset_name, suitable_preset
 from tgate_processors.run import Run
 from tgate_processors.schedule import TGateConfig
 from tgate_processors.summary import Summary, summarize
@@ -28,18 +30,24 @@ Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 def apply_tgate(
-    pipe: Any, config: TGateConfig, *, callback_on_step_end: Callback | None = None, deepcache: Any = None
+    pipe: Any,
+    config: TGateConfig | str | None = None,
+    *,
+    callback_on_step_end: Callback | None = None,
+    deepcache: Any = None,
 ) -> "TGate":
     """Gate a diffusers pipeline; its own `__call__` runs as before.
 
-        tgate = apply_tgate(pipe, TGateConfig(gate_step=10))
+        tgate = apply_tgate(pipe)
         image = pipe(prompt, num_inference_steps=25, callback_on_step_end=tgate).images[0]
         tgate.remove()
 
     Args:
         pipe: A pipeline whose `unet` or `transformer` has cross-attention layers, or that does guidance, which is
             then all that is left out. Its ControlNets are gated with it.
-        config: When the gate closes, and what is reused.
+        config: When the gate closes, and what is reused: a `TGateConfig`, or the name of a preset in any case of
+            letters. None takes the preset that suits the pipeline's class, network and scheduler as they are now;
+            `summary()` names it.
         callback_on_step_end: A callback of your own, called after every step beside the handle's work.
         deepcache: The `DeepCacheSDHelper` that is enabled on the pipeline, where there is one.
 
@@ -47,11 +55,13 @@ def apply_tgate(
         The handle: the pipeline's `callback_on_step_end`, and a context manager that removes itself.
 
     Raises:
-        ConfigError: `config` asks for what this pipeline cannot do.
+        ConfigError: `config` is no setting, or asks for what this pipeline cannot do.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already, or a cache that does not work beside the gate is enabled on it.
     """
-    check_can_apply(pipe, config, deepcache)
+    preset = _preset_of(pipe, config)
+    settings: Any = config if preset is None else PRESETS[preset].config
+    check_can_apply(pipe, settings, deepcache)
     if not pipelines.is_known(pipe):
         warnings.warn(
             f"{type(pipe).__name__} is not among the pipelines that are known to work. Where its batch is seen to be "
@@ -59,8 +69,18 @@ def apply_tgate(
             "pipeline's.",
             stacklevel=2,
         )
-    _warn_of_sampler(pipe, config)
-    return TGate(Loop(pipe, config, deepcache=deepcache), callback_on_step_end)
+    _warn_of_sampler(pipe, settings)
+    return TGate(Loop(pipe, settings, deepcache=deepcache), callback_on_step_end, preset)
+
+
+def _preset_of(pipe: Any, config: object) -> str | None:
+    """The key of `PRESETS` that is asked for, or that suits the pipeline; None where the settings are given."""
+    if isinstance(config, str):
+        return preset_name("config", config)
+    if config is None:
+        pipelines.check_is_not_refused(pipe)
+        return suitable_preset(pipe, pipelines.denoisers_of(pipe)[0])
+    return None
 
 
 def _warn_of_sampler(pipe: Any, config: TGateConfig) -> None:
@@ -96,9 +116,12 @@ def _warn_of_sampler(pipe: Any, config: TGateConfig) -> None:
 
 
 def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> None:
-    """Everything that `apply_tgate` raises, before anything is touched."""
+    """Everything that `apply_tgate` raises of these settings, before anything is touched."""
     if not isinstance(config, TGateConfig):
-        raise ConfigError(f"`config` must be a TGateConfig, got {config!r}. Pass `TGateConfig(gate_step=10)`.")
+        raise ConfigError(
+            f"`config` must be a TGateConfig or the name of a preset, got {config!r}. Pass for example "
+            '`TGateConfig(gate_step=10)` or `"sdxl"`, or leave it out for the preset that suits the pipeline.'
+        )
     pipelines.check_is_not_refused(pipe)
     pipelines.check_guider(pipe)
     family = pipelines.family_of(pipe)
@@ -182,18 +205,20 @@ def loops_on(denoiser: torch.nn.Module) -> list[Any]:
     return list(network.loops) if isinstance(network, GatedNetwork) else []
 
 
-class TGate(NotTheLoop):
+class TGate(Shown, NotTheLoop):
     """What `apply_tgate` put on a pipeline. Made by it alone.
 
     Attributes:
         callback_on_step_end: A callback of your own, called with the pipeline's arguments after every step.
+        preset: The name of the preset that the settings are; None where they were given as a `TGateConfig`.
         tensor_inputs: Empty; diffusers' `MultiPipelineCallbacks` asks for it.
     """
 
     tensor_inputs: ClassVar[list[str]] = []
 
-    def __init__(self, loop: Loop, callback_on_step_end: Callback | None) -> None:
+    def __init__(self, loop: Loop, callback_on_step_end: Callback | None, preset: str | None = None) -> None:
         self.callback_on_step_end = callback_on_step_end
+        self.preset = preset
         self._loop = loop
         try:
             for network in loop.networks:
@@ -222,19 +247,28 @@ class TGate(NotTheLoop):
         """How much each watched layer's output changed in each step of the last run, as `Watch` has it."""
         return self._loop.changes
 
-    def __repr__(self) -> str:
+    @property
+    def _settings(self) -> str:
+        return str(self.config) if self.preset is None else f"preset {self.preset} ({self.config})"
+
+    @property
+    def _progress(self) -> str:
+        return "none yet" if self._loop.run is None else self._loop.run.progress
+
+    @property
+    def _where(self) -> str:
         is_on = any(self._loop in network.loops for network in self._loop.networks)
+        return f"{'on' if is_on else 'removed from'} {type(self.pipe).__name__}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self._where}: {self._settings}; run {self._progress}"
+
+    def _parts(self) -> Iterator[Table]:
         networks = ", ".join(
             f"{type(network.module).__name__}, {len(network.layers)} gated layers" for network in self._loop.networks
         )
-        return "\n".join(
-            [
-                f"TGate on {type(self.pipe).__name__}" if is_on else f"TGate, removed from {type(self.pipe).__name__}",
-                f"settings          {self.config}",
-                f"networks          {networks}",
-                f"run               {'none yet' if self._loop.run is None else self._loop.run}",
-            ]
-        )
+        rows = (("gate", self._where), ("settings", self._settings), ("networks", networks), ("run", self._progress))
+        yield Table(rows, has_heading=False)
 
     def __enter__(self) -> Self:
         return self
@@ -270,4 +304,4 @@ class TGate(NotTheLoop):
 
     def summary(self) -> Summary:
         """What the last run did. Counts its arithmetic on the meta device, in a second or so, and raises nothing."""
-        return summarize(self._loop)
+        return summarize(self._loop, self._settings)

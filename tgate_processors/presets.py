@@ -1,7 +1,11 @@
-"""Named settings for the models of the documentation, each with its source."""
+"""Named settings for the models of the documentation, each with its source, and which of them suit a pipeline."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from tgate_processors._families import class_names
 from tgate_processors.errors import ConfigError
 from tgate_processors.schedule import TGateConfig
 
@@ -35,6 +39,8 @@ PRESETS = {
     "svd": Preset(TGateConfig(gate_step=0.4), "T-GATE, arXiv 2404.02747v2: 10 of 25"),
     "lcm-sdxl": Preset(TGateConfig(gate_step=0.25), _LCM),
     "lcm-pixart": Preset(TGateConfig(gate_step=0.25), _LCM),
+    "other-unet": Preset(TGateConfig(gate_step=0.4), "as sd-1.5: the papers have no other UNets of pictures"),
+    "other-transformer": Preset(TGateConfig(gate_step=0.6), "as pixart-alpha: the papers have no other transformers"),
     "looks": Preset(
         TGateConfig(gate_step=0.2, look_interval=5),
         "docs/quality.md: measured on the embedded UNet under seven samplers",
@@ -45,14 +51,65 @@ PRESETS = {
 }
 
 
+# What a pipeline's class is called, up to the part that tells its tasks apart, and its preset; the first that fits.
+KINDS = {
+    "StableDiffusion3": "other-transformer",
+    "StableDiffusionLatentUpscale": "other-unet",  # which embeds its noise level as others embed their guidance
+    "StableDiffusionXL": "sdxl",
+    "StableDiffusion": "sd-1.5",
+    "StableVideoDiffusion": "svd",
+    "LatentConsistencyModel": "lcm-sdxl",
+    "PixArtAlpha": "pixart-alpha",
+    "PixArtSigma": "pixart-sigma",
+}
+SD_2_TEXT_WIDTH = 1024  # of the text that its UNet attends to; Stable Diffusion 1's is 768 wide
+
+
 def preset(name: str) -> TGateConfig:
-    """The settings of this name, a key of `PRESETS`.
+    """The settings of this name, a key of `PRESETS` in any case of letters.
 
         tgate = apply_tgate(pipe, preset("sdxl"))
 
     Raises:
         ConfigError: There are none.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"`name` must be one of {', '.join(PRESETS)}, got {name!r}.")
-    return PRESETS[name].config
+    return PRESETS[preset_name("name", name)].config
+
+
+def preset_name(argument: str, value: object) -> str:
+    """The key of `PRESETS` that an argument names.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    name = value.lower() if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"`{argument}` must be one of {', '.join(PRESETS)}, got {value!r}. Pass one of these.")
+    return name
+
+
+def suitable_preset(pipe: Any, denoiser: Any) -> str:
+    """The key of `PRESETS` that suits a pipeline as it is now, by its class, its denoiser and its scheduler.
+
+    Args:
+        pipe: The pipeline.
+        denoiser: The network that its loop evaluates first.
+    """
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what `torch.compile` was given
+    settings = getattr(denoiser, "config", None)
+    # a mixin that loads UNets is a part of priors too
+    is_unet = any("UNet" in name and not name.endswith("Mixin") for name in class_names(denoiser))
+    name = next(_kinds(pipe), "other-unet" if is_unet else "other-transformer")
+    embeds_guidance = name != "other-unet" and getattr(settings, "time_cond_proj_dim", None) is not None
+    if embeds_guidance or "LCMScheduler" in class_names(getattr(pipe, "scheduler", None)):
+        return "lcm-sdxl" if is_unet else "lcm-pixart"
+    if name == "sd-1.5" and getattr(settings, "cross_attention_dim", None) == SD_2_TEXT_WIDTH:
+        return "sd-2.1"
+    return name
+
+
+def _kinds(pipe: Any) -> Iterator[str]:
+    for name in class_names(pipe):
+        for begin, kind in KINDS.items():
+            if re.match(rf"{begin}\w*Pipeline", name):  # and no mixin, which other pipelines have too
+                yield kind

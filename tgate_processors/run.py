@@ -63,10 +63,14 @@ class Run:
         return run
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config}): {self.progress}"
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
         if self.is_over:
-            return f"{type(self).__name__}({self.config}): over, {self.clock.num_steps} steps"
-        phase = self.schedule()[self.step].phase.value
-        return f"{type(self).__name__}({self.config}): step {self.step} of {self.clock.num_steps}, {phase}"
+            return f"over, {self.clock.num_steps} steps"
+        return f"step {self.step} of {self.clock.num_steps}, {self.schedule()[self.step].phase.value}"
 
     @property
     def step(self) -> int:
@@ -209,10 +213,14 @@ class Part:
         return sum({id(tensor): tensor.nbytes for tensor in (*self._store.tensors, *self._seen.values())}.values())
 
     @property
-    def leaves_out_guidance(self) -> bool:
-        """Whether the last evaluation was of one branch of several."""
-        last = self.record.evaluations[-1]
-        return last.batch < self.record.batch_of(last.given) or (self.most_calls > 1 and self.strategy.leaves_out(1))
+    def saved(self) -> bool:
+        """Whether anything was reused or left out."""
+        record = self.record
+        return bool(record.left_out) or any(
+            evaluation.batch < record.batch_of(evaluation.given)
+            or self.layers.number_in(AttentionMode.REUSE, evaluation.mode) > len(evaluation.missed)
+            for evaluation in record.evaluations
+        )
 
     def before(self, inputs: Inputs, does_guidance: Callable[[], bool | None]) -> Call:
         """Begin an evaluation: what it is called with, or what is answered for it.

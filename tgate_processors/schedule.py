@@ -5,12 +5,13 @@ The method is T-GATE's (Zhang et al. 2024, arXiv 2404.02747v1, and Liu et al. 20
 fidelity-improving phase from `gate_step` on.
 """
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields
 from itertools import groupby
 from typing import Literal
 
 from tgate_processors._modes import AttentionMode, Phase, StepMode
-from tgate_processors._tables import format_table
+from tgate_processors._tables import Shown, Table
 from tgate_processors._validation import require_tolerance, require_whole
 from tgate_processors.errors import ConfigError
 
@@ -81,6 +82,9 @@ class TGateConfig:
         if not isinstance(self.offload_cache, bool):
             raise ConfigError(f"`offload_cache` must be True or False, got {self.offload_cache!r}. Pass one of these.")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
     def __str__(self) -> str:
         """The settings that are not the defaults."""
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -133,7 +137,7 @@ def _begins_after_the_gate(guidance_start: object, gate_step: object) -> ConfigE
     )
 
 
-class Schedule:
+class Schedule(Shown):
     """The mode of every step of a run. Indexes and iterates as a tuple of `StepMode`; prints as a table.
 
     Args:
@@ -170,13 +174,16 @@ class Schedule:
         return self.modes[step]
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config}): {len(self)} steps, gate step {self.gate_step}"
+
+    def _parts(self) -> Iterator[Table]:
         rows = [("steps", "phase", "cross-attention", "self-attention", "branches")]
         for mode, steps in groupby(range(len(self)), key=self.modes.__getitem__):
             first, *rest = steps
             branches = "2" if self.guidance and mode.phase is Phase.PLANNING else "1"
             span = f"{first}-{rest[-1]}" if rest else f"{first}"
             rows.append((span, mode.phase.value, mode.cross_attention.value, mode.self_attention.value, branches))
-        return format_table(rows)
+        yield Table(rows)
 
     def depends_on_guidance(self, step: int) -> bool:
         """Whether anything in a step depends on the run's doing guidance."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from textwrap import shorten
@@ -14,15 +14,17 @@ from tgate_processors._layers import attention_layers
 from tgate_processors._loop import Loop, PipelineRun
 from tgate_processors._modes import Phase
 from tgate_processors._record import Evaluation
+from tgate_processors._tables import Shown, Table
 from tgate_processors.run import Part
 from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
 
 
-@dataclass(frozen=True, repr=False)
-class Summary:
+@dataclass(frozen=True)
+class Summary(Shown):
     """What a gated run did.
 
     Args:
+        settings: What the gate was set to, and by which preset.
         schedule: The modes of its steps; None where there was no run.
         evaluations: The calls of the denoiser that were computed, in order.
         side_evaluations: The calls of each ControlNet.
@@ -33,6 +35,7 @@ class Summary:
         notes: What is to be known beside these: what could not be counted, and why.
     """
 
+    settings: str
     schedule: Schedule | None = None
     evaluations: tuple[Evaluation, ...] = ()
     side_evaluations: tuple[tuple[Evaluation, ...], ...] = ()
@@ -59,45 +62,52 @@ class Summary:
         return 1 - self.cost.macs / self.stock_macs if self.stock_macs else math.nan
 
     def __repr__(self) -> str:
-        if self.schedule is None:
-            return "\n".join(["no run yet: run the pipeline, then ask", *self._notes()])
-        closed = "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
-        return "\n".join(
-            [
-                f"steps             {len(self.schedule)}, gate {closed}",
-                *self._reason(),
-                f"evaluations       {_batches(self.evaluations)}",
-                *(f"  of a ControlNet {_batches(evaluations)}" for evaluations in self.side_evaluations),
-                *self._arithmetic(),
-                f"cache at peak     {self.cache_bytes / 2**20:.2f} MiB",
-                *self._notes(),
-            ]
-        )
+        return f"{type(self).__name__}({'no run yet' if self.schedule is None else self._in_short(self.schedule)})"
 
-    def _arithmetic(self) -> list[str]:
+    def _in_short(self, schedule: Schedule) -> str:
+        saved = f"{self.macs_saved:.1%} of the arithmetic saved" if self.stock_macs else "arithmetic not counted"
+        return f"{len(schedule)} steps, gate {self._closed}, {saved}"
+
+    @property
+    def _closed(self) -> str:
+        return "never closed" if self.gate_closed_at is None else f"closed before step {self.gate_closed_at}"
+
+    def _parts(self) -> Iterator[str | Table]:
+        rows = [("settings", self.settings)]
+        if self.schedule is None:
+            rows.append(("run", "none yet: run the pipeline, then ask"))
+        else:
+            rows += [
+                ("steps", f"{len(self.schedule)}, gate {self._closed}"),
+                *self._reason(self.schedule),
+                ("evaluations", _batches(self.evaluations)),
+                *(("  of a ControlNet", _batches(evaluations)) for evaluations in self.side_evaluations),
+                *self._arithmetic(),
+                ("cache at peak", f"{self.cache_bytes / 2**20:.2f} MiB"),
+            ]
+        yield Table([*rows, *(("note", note) for note in self.notes)], has_heading=False)
+
+    def _arithmetic(self) -> list[tuple[str, str]]:
         cost = self.cost
         if not self.stock_macs:
-            return ["arithmetic        not counted"]
+            return [("arithmetic", "not counted")]
         if cost.cross_computed + cost.cross_reused:
             cross_attention = f"{cost.cross_computed} calls computed, {cost.cross_reused} reused"
         else:
             cross_attention = "none of its own: guidance alone is left out"
+        arithmetic = f"{cost.macs / 1e9:.3f} of {self.stock_macs / 1e9:.3f} GMACs, {self.macs_saved:.1%} saved"
         return [
-            f"cross-attention   {cross_attention}",
-            f"self-attention    {cost.self_computed} calls computed, {cost.self_reused} reused",
-            f"arithmetic        {cost.macs / 1e9:.3f} of {self.stock_macs / 1e9:.3f} GMACs, "
-            f"{self.macs_saved:.1%} saved",
+            ("cross-attention", cross_attention),
+            ("self-attention", f"{cost.self_computed} calls computed, {cost.self_reused} reused"),
+            ("arithmetic", arithmetic),
         ]
 
-    def _notes(self) -> list[str]:
-        return [f"note              {note}" for note in self.notes]
-
-    def _reason(self) -> list[str]:
-        if not self.changes or self.schedule is None:
+    def _reason(self, schedule: Schedule) -> list[tuple[str, str]]:
+        if not self.changes:
             return []
         last = ", ".join(f"{change:.3f}" for change in self.changes[-LEAST_CHANGES_FOR_AUTO:])
-        word = "under" if self.schedule.gate_step < len(self.schedule) else "not all under"
-        return [f"  of itself       cross-attention changed by {last}: {word} {self.schedule.config.tolerance:g}"]
+        word = "under" if schedule.gate_step < len(schedule) else "not all under"
+        return [("  of itself", f"cross-attention changed by {last}: {word} {schedule.config.tolerance:g}")]
 
 
 def _batches(evaluations: Sequence[Evaluation]) -> str:
@@ -107,15 +117,20 @@ def _batches(evaluations: Sequence[Evaluation]) -> str:
     return f"{len(evaluations)}, batches {batches}" + (f", {shallow} of them shallow" if shallow else "")
 
 
-def summarize(loop: Loop) -> Summary:
-    """The record of the loop's last run. It raises nothing: what it cannot tell, it says."""
+def summarize(loop: Loop, settings: str) -> Summary:
+    """The record of the loop's last run. It raises nothing: what it cannot tell, it says.
+
+    Args:
+        loop: The loop.
+        settings: What its gate was set to, in words.
+    """
     run = loop.run
     notes = [
         f"the gate is on a {type(module).__name__} that the pipeline no longer has: apply it again"
         for module in loop.replaced_networks()
     ]
     if run is None or not any(part.record.evaluations for part in run.parts.values()):
-        return Summary(notes=tuple(notes))
+        return Summary(settings, notes=tuple(notes))
     cost, stock_macs = Cost(), 0
     try:
         for network in loop.networks:
@@ -132,6 +147,7 @@ def summarize(loop: Loop) -> Summary:
     if run.position + begun < run.clock.num_evaluations:  # it is going on, or failed or was cancelled
         notes.append(f"{run.step} of {run.clock.num_steps} steps are done")
     return Summary(
+        settings,
         schedule=Schedule(run.config, run.clock.num_steps, guidance=run.dropped_guidance, closes_at=run.closes_at),
         evaluations=sum((_evaluations(run, network) for network in loop.denoisers), ()),
         side_evaluations=tuple(_evaluations(run, network) for network in loop.side_networks),

@@ -12,6 +12,7 @@ import diffusers
 import torch
 
 from tgate_processors._validation import require_tolerance, require_whole
+from tgate_processors.cli.explore import Drawer, build_page, gradio, require_port, serve
 from tgate_processors.cli.generate import Job, fingerprint, generate, given_or_own, read_prompts
 from tgate_processors.cli.outputs import require_file, require_folder, write_picture, write_plot, writing
 from tgate_processors.cli.processes import device_named, device_of_this_process, share_of_this_process
@@ -24,6 +25,7 @@ from tgate_processors.demo.table import measure_table
 from tgate_processors.demo.table_report import plot_table
 from tgate_processors.demo.world import caption, parse
 from tgate_processors.errors import ConfigError
+from tgate_processors.handle import check_can_apply
 from tgate_processors.measure import architectures
 from tgate_processors.measure import run_cost as counting
 from tgate_processors.measure.architectures import Architecture
@@ -41,6 +43,7 @@ from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 Options = argparse.Namespace
 DONE = 0
 QUICK_COUNT = 12  # prompts of the demo with `--quick`
+PAGE_COUNT = 3  # of them on the page
 
 
 def run_demo(options: Options) -> int:
@@ -230,6 +233,24 @@ def run_tune(options: Options) -> int:
     return _code(tuning.settings)
 
 
+def run_explore(options: Options) -> int:
+    """Serve the page."""
+    call = _measured_call_of(options)
+    steps = call.pop("num_inference_steps")
+    require_whole("--steps", steps, least=2)
+    require_port(options.port)
+    is_embedded = options.model in EMBEDDED
+    prompts = [caption(scene) for scene in held_out_scenes(PAGE_COUNT, seed=0)] if is_embedded else []
+    with gradio() as gr:
+        pipe = _pipeline_of(options, _device_of(options))
+        config = _papers_of(options.model)
+        check_can_apply(pipe, config)
+        drawer = Drawer(pipe, call=call, config=config, check_prompt=parse if is_embedded else None)
+        page = build_page(gr, drawer, title=options.model, steps=steps, prompts=prompts)
+        serve(gr, page, drawer, options.port)
+    return DONE
+
+
 # What several commands have in common
 
 
@@ -272,15 +293,19 @@ def _code(settings: Mapping[str, Any]) -> int:
 
 
 def _config_of(options: Options) -> TGateConfig:
-    embedded = EMBEDDED.get(options.model)
-    papers = PRESETS.get(options.model if embedded is None else embedded.preset, PRESETS["sdxl"])
     return TGateConfig(
-        gate_step=papers.config.gate_step if options.gate_step is None else options.gate_step,
+        gate_step=_papers_of(options.model).gate_step if options.gate_step is None else options.gate_step,
         sp_interval=options.sp_interval,
         fi_interval=options.fi_interval,
         warm_up=options.warm_up,
         look_interval=options.look_interval,
     )
+
+
+def _papers_of(model: str) -> TGateConfig:
+    """The papers' gate for the model, or else for SDXL."""
+    embedded = EMBEDDED.get(model)
+    return PRESETS.get(model if embedded is None else embedded.preset, PRESETS["sdxl"]).config
 
 
 def _prompts_of(options: Options) -> list[str]:

@@ -30,6 +30,7 @@ examples:
   tgate-processors quality --quick                               what each choice costs in pictures
   tgate-processors tune --model FOLDER "a red fox" --psnr 30     the cheapest settings for your model
   tgate-processors generate --model FOLDER --prompts FILE        pictures of many prompts, resumable
+  tgate-processors explore                                       a page here, with the gate's settings as sliders
 
 `tgate-processors COMMAND --help` has the options of each. Without `--model` a command takes the embedded model.
 exit codes: 0 done; 1 something is missing or cannot be read or written; 2 a bad argument; 130 interrupted by Ctrl-C,
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
         _add_calibrate,
         _add_quality,
         _add_tune,
+        _add_explore,
     ):
         add(commands)
     return top
@@ -250,6 +252,19 @@ def _add_tune(commands: Commands) -> None:
     _add_reports(tune, plots=False)
 
 
+def _add_explore(commands: Commands) -> None:
+    explore = _command(
+        commands,
+        "explore",
+        "see it for oneself: a page with the gate's settings as sliders",
+        "Serves a page to this machine alone: a prompt drawn by the stock and by the gated pipeline, what the gate "
+        "saves and changes there, and how the prompt's cross-attention converges. Ctrl-C ends it.",
+    )
+    _add_model(explore)
+    _add_steps(explore)
+    explore.add_argument("--port", type=int, default=7860, help="where the page is served on this machine")
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says only those defaults that say something."""
 
@@ -268,6 +283,11 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     """A pipeline with its weights, and what it draws."""
     command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
     command.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt on each line")
+    _add_model(command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """A pipeline with its weights."""
     command.add_argument(
         "--model", default="sd", help=f"a pipeline's folder or its name on the hub, or an embedded model: {EMBEDDED}"
     )

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tgate_processors._pipelines import denoisers_of, takes_callback
-from tgate_processors._tables import format_table
+from tgate_processors._tables import Shown, Table
 from tgate_processors.demo.checker import Reading, read
 from tgate_processors.demo.world import Scene, caption
 from tgate_processors.handle import apply_tgate
@@ -32,7 +32,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Stock and gated pictures of the same prompts and seeds."""
 
     scenes: Sequence[Scene]
@@ -51,7 +51,11 @@ class Comparison:
         error = (self.stock.pictures - self.gated.pictures).square().flatten(1).mean(1)
         return 10 * torch.log10(4 / error)  # the values span 2
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        saved = f"{self.summary.macs_saved:.0%} of the arithmetic saved"
+        return f"{type(self).__name__}({len(self.scenes)} pictures, {saved}, {self.psnr.mean():.1f} dB to stock)"
+
+    def _parts(self) -> Iterator[Table]:
         summary, count = self.summary, len(self.scenes)
         speed_ups = sorted(self.speed_ups)
         rows = [
@@ -70,13 +74,13 @@ class Comparison:
             ),
             ("attributes right", *(f"{_right(side.reading):.0%}" for side in (self.stock, self.gated)), ""),
             (
-                "pictures wholly right",
+                "pictures all right",
                 *(f"{side.reading.whole.sum()}/{count}" for side in (self.stock, self.gated)),
                 "",
             ),
             ("likeness to stock", "", f"{self.psnr.mean():.1f} dB", "PSNR"),
         ]
-        return format_table(rows)
+        yield Table(rows)
 
 
 def _right(reading: Reading) -> float:

@@ -40,17 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plot(measured: Mapping[str, Convergence], path: Path) -> None:
-    """The curves of the models, of the same scale.
+    """The curves of the models on one scale, with room for the legends above them.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.
     """
     figure = new_figure(12, 8)
+    top = 1.4 * max(float(convergence.band()[1].max()) for convergence in measured.values())
     for (name, convergence), axes in zip(measured.items(), figure.subplots(2, 2, sharey=True).flat, strict=True):
         steps = convergence.num_inference_steps
         papers = preset(EMBEDDED[name].preset).schedule(steps).gate_step
         axes.axvline(papers, color=GREY, label=f"the papers' gate step: {papers}")
         plot_curve(convergence, axes, TGateConfig.tolerance)
+        axes.set_ylim(0, top)
         axes.set_title(f"{name}: {steps} steps, {convergence.settings['scheduler']}", fontsize=10, loc="left")
         axes.set_xlabel("step")
     figure.suptitle(f"Cross-attention from step to step, {len(convergence.changes)} prompts", fontsize=10)

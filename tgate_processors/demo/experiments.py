@@ -333,7 +333,7 @@ def _table(sampler: str, count: int, seeds: Sequence[int], dtype: torch.dtype) -
         _note("stock", stock, stock, scenes, cells, wholes)
         for variant in tqdm(VARIANTS, desc=f"{sampler}, seed {seed}", unit="variant"):
             _note(variant.name, loop.run(variant), stock, scenes, cells, wholes)
-    rows = [(f"sampler {sampler}", *(f"seed {seed}: all right, PSNR" for seed in seeds), "together")]
+    rows = [(f"sampler {sampler}", *(f"seed {seed}: accuracy, PSNR" for seed in seeds), "together")]
     for name, parts in cells.items():
         rows.append((name, *parts, estimate(torch.cat(wholes[name])).shown(1, 100)))
     return format_table(rows)

@@ -73,7 +73,7 @@ def quality_of_demo(
             for index, name in enumerate(ATTRIBUTES)
             if reading.named[:, index].any()  # few prompts may have no relation among them
         }
-        return {**by_attribute, "all right": reading.whole}
+        return {**by_attribute, "accuracy": reading.whole}
 
     dtype = str(pipe.dtype).removeprefix("torch.")
     settings = {
@@ -91,7 +91,7 @@ def quality_of_demo(
                 chosen,
                 lambda way: draw(pipe, way, count, arguments, batch_size=BATCH, bar=bar),
                 score,
-                "all right",
+                "accuracy",
                 sampler,
                 frechet=frechet,
                 papers=papers_gate(num_inference_steps, has_unet=hasattr(pipe, "unet")),

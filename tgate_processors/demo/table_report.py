@@ -1,11 +1,12 @@
-"""What the benchmark table says of each row: published, counted, timed and drawn; as text, as JSON, as a picture."""
+"""The rows of the benchmark table (published, counted, timed, drawn), as text, as JSON and as a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tgate_processors._tables import format_settings, format_table
+from tgate_processors._tables import Shown, format_settings
+from tgate_processors._tables import Table as TextTable
 from tgate_processors.measure.bench import Spread
 from tgate_processors.measure.intervals import Estimate
 from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
@@ -14,7 +15,8 @@ from tgate_processors.measure.published import Counted, PublishedRow, base_of
 
 NOTES = """\
 published: READMEs of tgate 0.1.2 and, for the last four rows, of 1.0.0, whose FID is of other captions.
-"more" and speed-ups are over the row without T-GATE, and those of DeepCache (SD-XL) over SD-XL.
+Speed-ups, points and PSNR compare a row with the row without T-GATE; DeepCache (SD-XL) is compared with SD-XL.
+Accuracy is the share of pictures that show all that their prompts say.
 The DeepCache rows were published for its own SDXL pipeline, whose shallow steps cost more than those of its helper for
 stock pipelines (127.9 against 49.0 GMACs), and with guidance through step 12. Counted here is what the helper does,
 with the gate at step 10."""
@@ -22,15 +24,15 @@ with the gate at step 10."""
 
 @dataclass(frozen=True)
 class Pictures:
-    """What an embedded model drew as a row says.
+    """Scores of the pictures that an embedded model drew with the settings of a row.
 
     Args:
-        whole: The share of pictures with all right.
-        to_base: What it is more than that of the row that it is compared with, prompt by prompt; None: it is that row.
-        psnr: Likeness to that row's pictures, in dB.
+        accuracy: Share of pictures that show all that their prompts say.
+        to_base: Difference to the accuracy of the row compared with, paired by prompt; None: it is that row.
+        psnr: Likeness to that row's pictures, in dB; None: it is that row.
     """
 
-    whole: Estimate
+    accuracy: Estimate
     to_base: Estimate | None
     psnr: Estimate | None
 
@@ -40,12 +42,12 @@ class Row:
     """A row of the table.
 
     Args:
-        published: What was published.
-        embedded: The embedded model of its kind.
-        counted: At full size.
-        speed_up: At reduced size, over the row that it is compared with; None: not measured.
-        pictures: Of the embedded model; None: not drawn.
-        error: Why something is missing; None: nothing failed.
+        published: Published figures.
+        embedded: Name of the embedded model of this kind.
+        counted: Arithmetic and parameters at full size.
+        speed_up: Speed-up at reduced size over the row that it is compared with; None: not measured.
+        pictures: Scores of the embedded model's pictures; None: not drawn.
+        error: Reason why something is missing; None: nothing failed.
     """
 
     published: PublishedRow
@@ -57,12 +59,12 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Of the counted arithmetic, relative to what was published."""
+        """Difference of the counted arithmetic to the published, as a share of the published."""
         return self.counted.tmacs / self.published.tmacs - 1
 
     @property
     def published_speed_up(self) -> float:
-        """Over the row that it is compared with."""
+        """Published speed-up over the row that it is compared with."""
         return base_of(self.published).seconds / self.published.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Shown):
     """All rows, and how they were measured."""
 
     settings: Mapping[str, Any]
@@ -89,12 +91,20 @@ class Table:
     def as_dict(self) -> dict[str, Any]:
         return {"settings": dict(self.settings), "rows": [row.as_dict() for row in self.rows]}
 
-    def __str__(self) -> str:
-        errors = [f"{row.published.name}: {row.error}" for row in self.rows if row.error]
-        parts = [format_settings(self.settings), self._at_full_size(), self._measured(), NOTES, *errors]
-        return "\n\n".join(parts)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.rows)} rows)"
 
-    def _at_full_size(self) -> str:
+    def _parts(self) -> Iterator[str | TextTable]:
+        yield format_settings(self.settings)
+        for part in (self._at_full_size(), self._measured(), NOTES):
+            yield ""
+            yield part
+        for row in self.rows:
+            if row.error:
+                yield ""
+                yield f"{row.published.name}: {row.error}"
+
+    def _at_full_size(self) -> TextTable:
         heading = ("at full size", "TMACs, published", "counted", "difference", "with attention's products")
         lines = [
             (
@@ -108,9 +118,9 @@ class Table:
             )
             for row in self.rows
         ]
-        return format_table([(*heading, "parameters, M, published", "counted"), *lines])
+        return TextTable([(*heading, "parameters, M, published", "counted"), *lines])
 
-    def _measured(self) -> str:
+    def _measured(self) -> TextTable:
         heading = ("measured", "speed-up, published", "at reduced size", "FID, published", "embedded model")
         lines = [
             (
@@ -123,7 +133,7 @@ class Table:
             )
             for row in self.rows
         ]
-        return format_table([(*heading, "all right, %", "of it more, points", "PSNR, dB"), *lines])
+        return TextTable([(*heading, "accuracy, %", "points more", "PSNR, dB"), *lines])
 
 
 def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
@@ -131,7 +141,7 @@ def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
         return "", "", ""
     more, psnr = pictures.to_base, pictures.psnr
     return (
-        pictures.whole.shown(1, 100),
+        pictures.accuracy.shown(1, 100),
         "" if more is None else more.shown(1, 100),
         "" if psnr is None else psnr.shown(1),
     )
@@ -161,10 +171,10 @@ def plot_table(table: Table, path: Path) -> None:
     speed.set_xlabel(
         "speed-up at reduced size over the row without T-GATE\n(DeepCache's over SD-XL): median and range"
     )
-    pictures.set_xlabel("pictures of the embedded model with all right, %,\nwith 95% intervals")
+    pictures.set_xlabel("accuracy of the embedded model, %,\nwith 95% intervals")
     for axes in (arithmetic, speed, pictures):
         axes.spines[["top", "right"]].set_visible(False)
-    arithmetic.legend(frameon=False, loc="lower right")
+    figure.legend(*arithmetic.get_legend_handles_labels(), frameon=False, loc="outside lower left")
     figure.suptitle(f"The benchmark table of T-GATE, measured here: {format_settings(table.settings)}", fontsize=9)
     figure.savefig(path, dpi=150)
 
@@ -180,6 +190,6 @@ def _plot_speed_up(speed_up: Spread | None, place: int, colour: str, axes: Any) 
 def _plot_pictures(pictures: Pictures | None, place: int, colour: str, axes: Any) -> None:
     if pictures is None:
         return
-    whole = pictures.whole
-    reach = [[100 * max(0, whole.mean - whole.low)], [100 * max(0, whole.high - whole.mean)]]
-    axes.errorbar(100 * whole.mean, place, xerr=reach, fmt="o", color=colour, ecolor="#333333", capsize=3)
+    share = pictures.accuracy
+    reach = [[100 * max(0, share.mean - share.low)], [100 * max(0, share.high - share.mean)]]
+    axes.errorbar(100 * share.mean, place, xerr=reach, fmt="o", color=colour, ecolor="#333333", capsize=3)

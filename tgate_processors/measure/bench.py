@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tgate_processors._tables import format_settings, format_table
+from tgate_processors._tables import Shown, Table, format_settings
 from tgate_processors._validation import require_whole
 from tgate_processors.measure.contestants import Contestant, Run, contestants
 from tgate_processors.measure.interruption import keeping
@@ -66,7 +66,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """All rows, and what they were measured on."""
 
     settings: dict[str, Any]
@@ -78,26 +78,29 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.rows)} contestants, arithmetic {self.mac_speed_up:.3f}x less when gated)"
+        )
+
+    def _parts(self) -> Iterable[str | Table]:
         heading = ("contestant", "run, s", "speed-up", "planning step, s", "to stock", "fidelity step, s", "to limit")
         lines = [heading, *map(_cells, self.rows)]
         pairs = list(map(format_settings, (self.settings, self.machine)))
         of_arithmetic = [f"{row.name} {row.of_arithmetic:.3f}" for row in self.rows if row.of_arithmetic]
         peaks = [f"{row.name} {row.peak_bytes / 2**20:.0f} MiB" for row in self.rows if row.peak_bytes is not None]
         failures = [f"{row.name}: {row.error}" for row in self.rows if row.error]
-        return "\n".join(
-            [
-                *pairs,
-                "",
-                format_table(lines),
-                "",
-                f"speed-up of the gated run's arithmetic, attention's products counted: {self.mac_speed_up:.3f}",
-                f"speed-up over it: {', '.join(of_arithmetic)}",
-                f"stored outputs of the gated run: {self.cache_bytes / 2**20:.1f} MiB",
-                *([f"memory of a run at its peak: {', '.join(peaks)}"] if peaks else []),
-                *failures,
-            ]
-        )
+        return [
+            *pairs,
+            "",
+            Table(lines),
+            "",
+            f"speed-up of the gated run's arithmetic, attention's products counted: {self.mac_speed_up:.3f}",
+            f"speed-up over it: {', '.join(of_arithmetic)}",
+            f"stored outputs of the gated run: {self.cache_bytes / 2**20:.1f} MiB",
+            *([f"memory of a run at its peak: {', '.join(peaks)}"] if peaks else []),
+            *failures,
+        ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -323,8 +326,8 @@ def plot_speed_ups(report: Report, path: Path) -> None:
     colours = [BLUE if row.name == "tgate_processors" else PALE for row in rows]
     axes.barh([row.name for row in rows], medians, xerr=[below, above], color=colours, ecolor="#333333", capsize=3)
     axes.axvline(report.mac_speed_up, color=RED, linestyle="--", label="arithmetic of the gated run")
-    for place, median in enumerate(medians):
-        axes.text(0.02, place, f"{median:.2f}x", va="center", color="#111111")
+    for place, (median, colour) in enumerate(zip(medians, colours, strict=True)):
+        axes.text(0.02, place, f"{median:.2f}x", va="center", color="white" if colour == BLUE else "#111111")
     failed = [row.name for row in report.rows if row.error is not None]
     axes.set_xlabel(
         "speed-up over the stock pipeline: median and range of the rounds"
@@ -339,6 +342,6 @@ def plot_speed_ups(report: Report, path: Path) -> None:
         fontsize=9,
         loc="left",
     )
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

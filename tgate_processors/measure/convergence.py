@@ -1,7 +1,7 @@
 """How a model's cross-attention converges over a run: the curve of the papers' figure 2, and the gate step in it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median_low
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors._loop import Loop
 from tgate_processors._pipelines import denoisers_of, takes_callback
+from tgate_processors._tables import Shown, Table
 from tgate_processors._validation import require_tolerance
 from tgate_processors._watch import has_converged, watched_layers
 from tgate_processors.errors import ConfigError, StateError
@@ -26,7 +27,7 @@ from tgate_processors.schedule import TGateConfig
 
 
 @dataclass(frozen=True)
-class Convergence:
+class Convergence(Shown):
     """How much cross-attention's outputs change from one step to the next in the stock pipeline.
 
     Args:
@@ -39,6 +40,15 @@ class Convergence:
     changes: Tensor
     layers: tuple[str, ...]
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        prompts, _, layers = self.changes.shape
+        return f"{type(self).__name__}({prompts} prompts, {self.num_inference_steps} steps, {layers} layers)"
+
+    def _parts(self) -> Iterator[str | Table]:
+        columns = zip(self.median().tolist(), *(edge.tolist() for edge in self.band()), strict=True)
+        rows = [(str(step), *(f"{value:.3f}" for value in values)) for step, values in enumerate(columns, 1)]
+        yield Table([("step", "change, median", "a quarter", "three quarters"), *rows])
 
     @property
     def num_inference_steps(self) -> int:
@@ -283,29 +293,33 @@ def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float =
         fontsize=10,
         loc="left",
     )
+    changes = convergence.changes.median(0).values.T
     image = layer_map.imshow(
-        convergence.changes.median(0).values.T,
+        changes,
         aspect="auto",
         cmap="viridis",
-        extent=(0.5, convergence.num_inference_steps - 0.5, len(convergence.layers), 0),
-        vmax=float(convergence.changes.median(0).values.quantile(0.95)),
+        extent=(0.5, convergence.num_inference_steps - 0.5, len(convergence.layers) + 0.5, 0.5),
+        vmax=float(changes.quantile(0.95)),
     )
-    layer_map.set_ylabel(f"the {len(convergence.layers)} layers,\nas `attn_processors` has them")
+    layer_map.yaxis.get_major_locator().set_params(integer=True)
+    layer_map.set_ylabel("layer, in the order\nof attn_processors")
     layer_map.set_xlabel("step")
-    figure.colorbar(image, ax=layer_map, label="median over prompts")
+    figure.colorbar(image, ax=layer_map, extend="max", label="median over prompts")
     figure.savefig(path, dpi=150)
 
 
 def plot_curve(convergence: Convergence, axes: Any, tolerance: float) -> None:
-    """The median with its band over layers, and the gate step that the tolerance gives."""
+    """The median with its band over layers, and the gate step that the tolerance gives, if it gives one."""
     gate_steps = convergence.gate_steps(tolerance)
     steps = range(1, convergence.num_inference_steps)
     axes.fill_between(steps, *convergence.band(), color="#cfdceb", label="middle half of the layers")
     axes.plot(steps, convergence.median(), color=BLUE, label="median of layers and prompts")
     axes.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
-    label = f"gate step {median_low(gate_steps)} ({min(gate_steps)} to {max(gate_steps)})"
-    axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
+    if median_low(gate_steps) < convergence.num_inference_steps:
+        span = f" ({min(gate_steps)} to {max(gate_steps)})" if len(gate_steps) > 1 else ""
+        label = f"gate step {median_low(gate_steps)}{span}"
+        axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
     axes.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)

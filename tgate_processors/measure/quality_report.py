@@ -1,6 +1,7 @@
 """What was measured of each way to run a pipeline faster, under each sampler: a report that prints and is pictured."""
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgate_processors._tables import format_settings, format_table
+from tgate_processors._tables import Shown, Table, format_settings
 from tgate_processors.measure.intervals import Estimate, difference, estimate
-from tgate_processors.measure.plotting import BLUE, GREY, RED, new_figure
+from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
@@ -48,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """All rows under one sampler, the stock pipeline's first.
 
     Args:
@@ -140,7 +141,10 @@ class Report:
             "gate_steps": list(row.gate_steps),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sampler {self.sampler}, {len(self.rows)} ways)"
+
+    def _parts(self) -> Iterator[str | Table]:
         has_frechet = ["Fréchet"] if any(row.frechet is not None for row in self.measured) else []
         heading = (f"sampler {self.sampler}", "arithmetic", f"{self.deciding}, %", "to stock, points")
         more = ("to the papers' gate", "PSNR, dB", "to the papers' gate", "SSIM", *has_frechet, "")
@@ -158,7 +162,8 @@ class Report:
             )
             for row in self.measured
         ]
-        return "\n".join([format_table([heading + more, *lines]), *self._notes()])
+        yield Table([heading + more, *lines])
+        yield from self._notes()
 
     def _shown_to_papers(self, row: Row) -> tuple[str, str, str]:
         psnr = "" if row.psnr is None else estimate(row.psnr).shown(1)
@@ -202,7 +207,7 @@ class Together:
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(Shown):
     """The reports of all samplers.
 
     Args:
@@ -252,13 +257,20 @@ class Quality:
             "together": [asdict(row) for row in self.together()],
         }
 
-    def __str__(self) -> str:
-        parts = [format_settings(self.settings), *map(str, self.reports)]
-        if len(self.reports) > 1:
-            parts.append(self._table_of_all())
-        return "\n\n".join(parts)
+    def __repr__(self) -> str:
+        samplers = ", ".join(report.sampler for report in self.reports)
+        return f"{type(self).__name__}({len(self.reports[0].rows)} ways under {samplers})"
 
-    def _table_of_all(self) -> str:
+    def _parts(self) -> Iterator[str | Table]:
+        yield format_settings(self.settings)
+        for report in self.reports:
+            yield ""
+            yield from report._parts()
+        if len(self.reports) > 1:
+            yield ""
+            yield self._table_of_all()
+
+    def _table_of_all(self) -> Table:
         deciding = self.reports[0].deciding
         names = (report.sampler for report in self.reports)
         of_all = (f"{deciding}, %", "to stock, points", "to the papers' gate", "PSNR to the papers' gate, dB")
@@ -274,7 +286,7 @@ class Quality:
             )
             for row in self.together()
         ]
-        return format_table([heading, *lines])
+        return Table([heading, *lines])
 
 
 def plot_quality(quality: Quality, path: Path) -> None:
@@ -286,59 +298,87 @@ def plot_quality(quality: Quality, path: Path) -> None:
     reports = quality.reports
     columns = min(2, len(reports))
     lines = math.ceil(len(reports) / columns)
-    figure = new_figure(1 + 8 * columns, 0.6 + 5.4 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    figure = new_figure(1 + 8 * columns, 1.2 + 6 * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
+    least = min(row.arithmetic for report in reports for row in report.measured)
+    panels[0].set_xlim(100 * least - 3, 103)
+    panels[0].set_ylim(*_limits(reports))
     for panel, report in zip(panels, reports, strict=False):
         _plot_report(report, panel)
-    for panel in list(panels)[len(reports) :]:
+    for panel in panels[len(reports) :]:
         panel.set_visible(False)
-    scores = [report.score(row) for report in reports for row in report.measured]
-    most = max(scores)
-    bottom = max(min(scores) - 0.02, 0.75 * most)
-    panels[0].set_ylim(bottom, most + max(0.4 * (most - bottom), 0.02))  # with room for the names
-    panels[0].set_yticks([tick for tick in panels[0].get_yticks() if bottom <= tick <= 1])
-    panels[0].legend(frameon=False, loc="lower right")
+    kinds = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=2 * columns, frameon=False)
     figure.suptitle(f"What each way costs in its pictures: {format_settings(quality.settings)}", fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def _limits(reports: Sequence[Report]) -> tuple[float, float]:
+    """The ends of the score's axis, per cent: all intervals, but nothing under three quarters of the best score."""
+    scores = [report.score(row) for report in reports for row in report.measured]
+    estimates = [estimate(row.scores[report.deciding]) for report in reports for row in report.measured]
+    ends = [end for one in estimates for end in (one.low, one.high) if math.isfinite(end)]
+    lowest, highest = min([*scores, *ends]), max([*scores, *ends])
+    return 100 * max(lowest, 0.75 * max(scores)) - 1, 100 * highest + 1
 
 
 def _plot_report(report: Report, axes: Any) -> None:
     frontier = report.frontier()
     axes.step(
-        [row.arithmetic for row in frontier],
-        [report.score(row) for row in frontier],
+        [100 * row.arithmetic for row in frontier],
+        [100 * report.score(row) for row in frontier],
         where="post",
         color=GREY,
         label="frontier",
     )
+    bottom, _ = axes.get_ylim()
+    seen = [row for row in report.measured if 100 * report.score(row) >= bottom]
     for prefix, (colour, marker, label) in KINDS.items():
-        rows = [row for row in report.measured if _kind(row) == prefix]
-        if not rows:
-            continue
-        estimates = [estimate(row.scores[report.deciding]) for row in rows]
-        spread = [[max(0, e.mean - e.low) for e in estimates], [max(0, e.high - e.mean) for e in estimates]]
-        axes.errorbar(
-            [row.arithmetic for row in rows],
-            [e.mean for e in estimates],
-            yerr=spread,
-            fmt=marker,
-            color=colour,
-            elinewidth=0.6,
-            label=label,
-        )
-    above = -1.0  # the arithmetic of the last way whose name stands above it
-    for row in sorted(report.measured, key=lambda row: row.arithmetic):
-        if _kind(row) in NAMED_IN_PLOTS:
-            at, style = estimate(row.scores[report.deciding]), {"fontsize": 7, "rotation": 90, "ha": "center"}
-            if row.arithmetic - above < 0.015:  # two names would lie over one another
-                axes.annotate(row.name, (row.arithmetic, at.low), (0, -3), "data", "offset points", va="top", **style)
-            else:
-                axes.annotate(row.name, (row.arithmetic, at.high), (0, 3), "data", "offset points", **style)
-                above = row.arithmetic
-    axes.set_xlabel("arithmetic of the denoiser, as a part of the stock pipeline's")
-    axes.set_ylabel(f"{report.deciding}, with 95% intervals")
-    axes.set_title(f"sampler {report.sampler}", fontsize=9, loc="left")
+        rows = [row for row in seen if _kind(row) == prefix]
+        if rows:
+            axes.errorbar(
+                [100 * row.arithmetic for row in rows],
+                [100 * report.score(row) for row in rows],
+                yerr=[*zip(*(_reach(estimate(row.scores[report.deciding])) for row in rows), strict=True)],
+                fmt=marker,
+                color=colour,
+                elinewidth=0.6,
+                label=label,
+            )
+    _write_names(report, [row for row in seen if row in frontier or _kind(row) in NAMED_IN_PLOTS], axes)
+    axis = f"sampler {report.sampler}: arithmetic of the denoiser, % of the stock pipeline's"
+    unseen = ", ".join(f"{row.name} {report.score(row):.1%}" for row in report.measured if row not in seen)
+    axes.set_xlabel("\n".join([axis, *textwrap.wrap(f"below what is shown: {unseen}" if unseen else "", 100)]))
+    axes.set_ylabel(f"{report.deciding}, %, with 95% intervals")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _reach(one: Estimate) -> tuple[float, float]:
+    """How far an interval goes below its mean and above it, per cent; one without an end is not drawn."""
+    below, above = one.mean - one.low, one.high - one.mean
+    return (100 * max(0, below), 100 * max(0, above)) if math.isfinite(below + above) else (0, 0)
+
+
+def _write_names(report: Report, rows: Sequence[Row], axes: Any) -> None:
+    """Names beside one another above the data, each with a line to its point."""
+    left, right = axes.get_xlim()
+    rows = sorted(rows, key=lambda row: row.arithmetic)
+    places: list[float] = []
+    for row in rows:
+        place = (100 * row.arithmetic - left) / (right - left)
+        places.append(max(place, places[-1] + NAME_WIDTH) if places else place)
+    for row, place in zip(rows, places, strict=True):
+        at = estimate(row.scores[report.deciding])
+        axes.annotate(
+            row.name,
+            (100 * row.arithmetic, 100 * at.mean + _reach(at)[1]),
+            (place, 1.02),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.6, "relpos": (0.5, 0), "shrinkA": 0},
+            fontsize=8,
+            rotation=90,
+            horizontalalignment="center",
+        )
 
 
 KINDS = {  # by how a way's name begins: colour, marker, label
@@ -350,7 +390,8 @@ KINDS = {  # by how a way's name begins: colour, marker, label
     "fewer steps": (RED, "s", "fewer steps"),
     "": ("#7d5ba6", "^", "others, and with them"),
 }
-NAMED_IN_PLOTS = ("stock", "look", "fewer steps", "")
+NAMED_IN_PLOTS = ("stock", "look", "fewer steps", "")  # and whatever is on the frontier
+NAME_WIDTH = 0.02  # of the axes, for a name that is written upwards
 
 
 def _kind(row: Row) -> str:

@@ -1,5 +1,6 @@
 """What a gated run of an architecture costs beside the stock run."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,13 +9,13 @@ from tgate_processors._cost import NetworkCost
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors._modes import StepMode
 from tgate_processors._record import Evaluation
-from tgate_processors._tables import format_table
+from tgate_processors._tables import Shown, Table
 from tgate_processors.measure.architectures import Architecture
 from tgate_processors.schedule import TGateConfig
 
 
 @dataclass(frozen=True)
-class RunCost:
+class RunCost(Shown):
     """A run of one picture, gated, beside the stock run.
 
     Args:
@@ -44,10 +45,10 @@ class RunCost:
         """The fields and the ratio."""
         return asdict(self) | {"ratio": self.ratio}
 
-    def __str__(self) -> str:
+    def _parts(self) -> Iterator[Table]:
         stock, gated = self.stock_macs, self.gated_macs
         stock_lc, gated_lc = self.stock_linear_and_conv_macs, self.gated_linear_and_conv_macs
-        return format_table(
+        yield Table(
             [
                 (f"{self.steps} steps, one picture", "stock", "gated", "ratio"),
                 ("TMACs, with attention's products", *_tera(stock, gated), f"{self.ratio:.3f}"),

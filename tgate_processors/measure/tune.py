@@ -1,6 +1,6 @@
 """The cheapest settings that keep a budget, with a model, a sampler and prompts of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from tgate_processors._tables import format_settings, format_table
+from tgate_processors._tables import Shown, Table, format_settings
 from tgate_processors._validation import require_whole
 from tgate_processors.errors import ConfigError
 from tgate_processors.handle import check_can_apply
@@ -61,7 +61,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(Shown):
     """The settings that were tried, and which of them keep the budget.
 
     Args:
@@ -99,7 +99,11 @@ class Tuning:
             "chosen": None if self.chosen is None else self.chosen.as_dict(),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        chosen = "none" if self.chosen is None else self.chosen.config
+        return f"{type(self).__name__}({len(self.tried)} settings tried, chosen: {chosen})"
+
+    def _parts(self) -> Iterable[str | Table]:
         lines = [
             (
                 str(one.config),
@@ -110,7 +114,7 @@ class Tuning:
             for one in self.tried
         ]
         heading = ("setting", "arithmetic", "PSNR to stock, dB", "the budget")
-        return "\n".join([format_settings(self.settings), "", format_table([heading, *lines]), "", self._advice()])
+        return [format_settings(self.settings), "", Table([heading, *lines]), "", self._advice()]
 
     def _advice(self) -> str:
         if self.chosen is not None:

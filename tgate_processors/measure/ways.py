@@ -55,9 +55,8 @@ def gated(config: TGateConfig, name: str) -> Way:
     def on(pipe: Any) -> Iterator[Changes]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what a setting costs under the sampler is being measured
-            tgate = apply_tgate(pipe, config)
-        with tgate:
-            yield {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
+            with apply_tgate(pipe, config) as tgate:
+                yield {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
 
     return Way(name, on)
 
