@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import fingerprint, left_behind, tiny
 from torch._dynamo.utils import counters
-from zoo_unets import shallow
+from zoo_unets import one_block
 
 from tgate_processors import ConfigError, Gate, TGateConfig, apply_tgate, gated_processors
 from tgate_processors._watch import Watch, has_converged, watched_layers
@@ -258,7 +258,7 @@ def test_auto_beside_offloaded_caches_and_self_attention():
 
 def test_compiled_graphs_are_as_many_as_with_a_count():
     """Three: planning, the step that stores, fidelity."""
-    pipe, kwargs = shallow()
+    pipe, kwargs = one_block()
     torch._dynamo.reset()
     counters.clear()
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)

@@ -34,6 +34,7 @@ from tgate_processors import (
     ungated_processors,
 )
 from tgate_processors._layers import attention_layers, cross_attention_layers
+from tgate_processors._modes import AttentionMode
 from tgate_processors._pipelines import denoisers_of, takes_callback
 from tgate_processors.processors import GatedProcessor, gated_class
 
@@ -97,6 +98,11 @@ def direct(unet, seed=7):
         return unet(sample, 5, text).sample
 
 
+def reuses(summary):
+    """Whether an evaluation of the denoiser reused cross-attention."""
+    return any(one.mode.cross_attention is AttentionMode.REUSE and not one.missed for one in summary.evaluations)
+
+
 class Stop(Exception):
     pass
 
@@ -154,7 +160,7 @@ def test_guidance_that_another_callback_cuts(config, at):
     assert torch.isfinite(latents).all()
     assert set(batches[at + 1 :]) == {1}
     assert summary.batches == tuple(batches)
-    assert summary.cost.cross_reused > 0
+    assert reuses(summary)
 
 
 def test_guidance_that_a_callback_begins():
@@ -212,7 +218,7 @@ def test_latents_that_grow_in_a_callback(at, config):
     assert latents.shape == stock.shape == (1, 4, 16, 16)
     assert torch.isfinite(latents).all()
     assert not torch.equal(latents, stock)
-    assert 0 < tgate.summary().macs_saved < 1
+    assert set(tgate.summary().batches) == {1, 2}
 
 
 @pytest.mark.parametrize(("before", "after"), [([0], [0, 1]), ([0, 1], [0])])
@@ -308,7 +314,7 @@ def test_masks_of_regions_are_not_taken_for_a_batch(regions):
         latents, tgate = run(CONFIG)
     assert any("`regions` among the attention arguments" in str(w.message) for w in said) is looks_like_halves
     assert tgate.summary().batches == ((2,) * 4 if looks_like_halves else (2, 2, 1, 1))
-    assert tgate.summary().cost.cross_reused > 0
+    assert reuses(tgate.summary())
     assert torch.isfinite(latents).all()
 
 

@@ -248,7 +248,7 @@ for variant, given in (("", (*TEXT_TO_IMAGE, "noise")), ("Img2Img", IMAGE_TO_IMA
     )
 
 
-def shallow():
+def one_block():
     """Stable Diffusion whose UNet has one block on each way, since compilers take long; and a call of it."""
     changes = {
         "block_out_channels": (8,),
