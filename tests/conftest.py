@@ -16,3 +16,14 @@ settings.load_profile("machines differ in speed")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Where tests share the pipeline of an entry, its `subject`, those of one entry follow one another."""
+    files = {path: at for at, path in enumerate(dict.fromkeys(item.path for item in items))}
+
+    def place(item):
+        shares = hasattr(item.module, "subject") and hasattr(item, "callspec")
+        return files[item.path], str(item.callspec.params.get("name", "")) if shares else ""
+
+    items.sort(key=place)

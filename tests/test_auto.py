@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import fingerprint, left_behind, tiny
 from torch._dynamo.utils import counters
+from zoo_unets import one_block
 
 from tgate_processors import ConfigError, Gate, TGateConfig, apply_tgate, gated_processors
 from tgate_processors._watch import Watch, has_converged, watched_layers
@@ -256,19 +257,17 @@ def test_auto_beside_offloaded_caches_and_self_attention():
 
 
 def test_compiled_graphs_are_as_many_as_with_a_count():
-    config = closing_at(5)
-    graphs = []
-    for settings in (TGateConfig(gate_step=5), config):
-        torch._dynamo.reset()
-        counters.clear()
-        subject = tiny("sd")
-        subject.pipe.unet = torch.compile(subject.pipe.unet, backend="eager", fullgraph=True)
-        with apply_tgate(subject.pipe, settings) as tgate:
-            for _ in range(3):
-                subject(tgate, num_inference_steps=STEPS)
-        assert not counters["graph_break"]
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [3, 3]
+    """Three: planning, the step that stores, fidelity."""
+    pipe, kwargs = one_block()
+    torch._dynamo.reset()
+    counters.clear()
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    with apply_tgate(pipe, AUTO) as tgate:
+        for _ in range(3):
+            pipe(**kwargs | {"num_inference_steps": STEPS}, callback_on_step_end=tgate)
+            assert tgate.summary().gate_closed_at is not None
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_in_a_loop_of_ones_own():

@@ -9,7 +9,7 @@ import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import diffusers
 import pytest
@@ -34,6 +34,7 @@ from tgate_processors import (
     ungated_processors,
 )
 from tgate_processors._layers import attention_layers, cross_attention_layers
+from tgate_processors._modes import AttentionMode
 from tgate_processors._pipelines import denoisers_of, takes_callback
 from tgate_processors.processors import GatedProcessor, gated_class
 
@@ -59,8 +60,26 @@ def gated(pipe, kwargs, config=CONFIG, mine=None, handle=True):
         return pipe(**kwargs, **passed)[0], tgate
 
 
+@cache
 def fresh(name=SD, config=CONFIG, **changes):
+    """The latents of a gated run on a fresh pipeline."""
     return gated(build(name), call(name, **changes), config)[0]
+
+
+@cache
+def stock_of(name=SD, **changes):
+    """The latents of a fresh pipeline."""
+    return build(name)(**call(name, **changes))[0]
+
+
+@cache
+def inputs_of(name):
+    """What the denoiser is called with in each evaluation of a stock run."""
+    pipe = build(name)
+    given, hook = given_to(denoisers_of(pipe)[0])
+    pipe(**call(name))
+    hook.remove()
+    return given
 
 
 def sibling(pipe, cls=None):
@@ -77,6 +96,11 @@ def direct(unet, seed=7):
     sample, text = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 7, 12, generator=random)
     with torch.no_grad():
         return unet(sample, 5, text).sample
+
+
+def reuses(summary):
+    """Whether an evaluation of the denoiser reused cross-attention."""
+    return any(one.mode.cross_attention is AttentionMode.REUSE and not one.missed for one in summary.evaluations)
 
 
 class Stop(Exception):
@@ -136,7 +160,7 @@ def test_guidance_that_another_callback_cuts(config, at):
     assert torch.isfinite(latents).all()
     assert set(batches[at + 1 :]) == {1}
     assert summary.batches == tuple(batches)
-    assert summary.cost.cross_reused > 0
+    assert reuses(summary)
 
 
 def test_guidance_that_a_callback_begins():
@@ -194,7 +218,7 @@ def test_latents_that_grow_in_a_callback(at, config):
     assert latents.shape == stock.shape == (1, 4, 16, 16)
     assert torch.isfinite(latents).all()
     assert not torch.equal(latents, stock)
-    assert 0 < tgate.summary().macs_saved < 1
+    assert set(tgate.summary().batches) == {1, 2}
 
 
 @pytest.mark.parametrize(("before", "after"), [([0], [0, 1]), ([0, 1], [0])])
@@ -258,15 +282,12 @@ def test_a_layer_that_is_called_several_times_in_a_step(dim, guidance_scale):
             alone = run([picture])[0]
             torch.testing.assert_close(both[picture : picture + 1], alone, rtol=1e-3, atol=1e-4)
     else:
-        whole, _ = gated(build(), call(pictures=[0, 1], guidance_scale=guidance_scale, num_inference_steps=6))
-        assert (both - whole).abs().max() < (whole - stock_of([0, 1], guidance_scale)).abs().max()
+        settings = {"pictures": (0, 1), "guidance_scale": guidance_scale, "num_inference_steps": 6}
+        whole = fresh(**settings)
+        assert (both - whole).abs().max() < (whole - stock_of(**settings)).abs().max()
     missed = [len(evaluation.missed) for evaluation in tgate.summary().evaluations]
     layers = len(cross_attention_layers(build().unet)) if guidance_scale > 1 else 0
     assert missed == [0] * GATE + [layers] + [0] * 3
-
-
-def stock_of(pictures, guidance_scale):
-    return build()(**call(pictures=pictures, guidance_scale=guidance_scale, num_inference_steps=6))[0]
 
 
 class Regions(AttnProcessor2_0):
@@ -293,7 +314,7 @@ def test_masks_of_regions_are_not_taken_for_a_batch(regions):
         latents, tgate = run(CONFIG)
     assert any("`regions` among the attention arguments" in str(w.message) for w in said) is looks_like_halves
     assert tgate.summary().batches == ((2,) * 4 if looks_like_halves else (2, 2, 1, 1))
-    assert tgate.summary().cost.cross_reused > 0
+    assert reuses(tgate.summary())
     assert torch.isfinite(latents).all()
 
 
@@ -388,7 +409,7 @@ def test_an_aborted_run_is_let_go_when_another_pipeline_runs():
     assert tgate.gate.cache_bytes == 0
 
 
-def test_five_hundred_runs_with_failures_do_not_grow():
+def test_a_hundred_runs_with_failures_do_not_grow():
     pipe = build()
     tgate = apply_tgate(pipe, CONFIG)
 
@@ -402,9 +423,9 @@ def test_five_hundred_runs_with_failures_do_not_grow():
     runs(10)
     gc.collect()
     tensors, objects = live_bytes(), len(gc.get_objects())
-    runs(490)
+    runs(90)
     assert live_bytes() <= tensors
-    assert len(gc.get_objects()) <= objects + 50
+    assert len(gc.get_objects()) <= objects + 20
 
 
 # A call that is not the run's next is nobody's
@@ -450,10 +471,7 @@ def test_a_call_of_ones_own_in_a_callback(name, at, way):
     """Of the first step, the last and the next: the network's own answers, and the run goes on."""
     pipe, answers = build(name), []
     network = denoisers_of(pipe)[0]
-    given, hook = given_to(network)
-    pipe(**call(name))
-    hook.remove()
-    (args, kwargs), steps = given[0], iter(range(10**6))
+    (args, kwargs), steps = inputs_of(name)[0], iter(range(10**6))
 
     def looks(pipe, step, timestep, callback_kwargs):
         if next(steps) == at:
@@ -509,10 +527,7 @@ def test_a_call_from_within_an_evaluation(name):
     """A hook that calls the network again: its own answer, and the evaluation goes on."""
     pipe, answers = build(name), []
     network = denoisers_of(pipe)[0]
-    given, hook = given_to(network)
-    pipe(**call(name))
-    hook.remove()
-    args, kwargs = given[0]
+    args, kwargs = inputs_of(name)[0]
     with torch.no_grad():
         own = network(*args, **kwargs)[0]
     inside = []
@@ -612,11 +627,11 @@ def test_eight_threads_each_with_a_sibling(name):
 
     def draws(number):
         passed = {"callback_on_step_end": handles[number]} if takes_callback(pipe) else {}
-        return [torch.equal(siblings[number](**call(name), **passed)[0], expected[number]) for _ in range(10)]
+        return [torch.equal(siblings[number](**call(name), **passed)[0], expected[number]) for _ in range(4)]
 
     with ThreadPoolExecutor(8) as threads:
         right = [drawn for drawns in threads.map(draws, range(8)) for drawn in drawns]
-    assert right == [True] * 80
+    assert right == [True] * 32
 
 
 @pytest.mark.usefixtures("switches_often")
@@ -633,7 +648,7 @@ def test_one_pipeline_in_two_threads_is_right_or_refused():
             return str(error)
 
     with ThreadPoolExecutor(2) as threads:
-        drawn = list(threads.map(draws, range(20)))
+        drawn = list(threads.map(draws, range(10)))
     assert False not in drawn
     message = "`pipe` must not run in two threads at once, got a second run of this StableDiffusionPipeline"
     assert all(said is True or said.startswith(message) for said in drawn)
@@ -647,7 +662,8 @@ def test_one_pipeline_in_two_threads_is_right_or_refused():
 @pytest.mark.parametrize("when", ["before a run", "in a run", "after a run", "after a failed run"])
 def test_a_copy_is_ungated_and_can_be_gated(name, when):
     pipe, copies = build(name), []
-    stock, expected = build(name)(**call(name))[0], fresh(name)
+    cls = type(denoisers_of(pipe)[0])
+    stock, expected = stock_of(name), fresh(name)
     tgate = apply_tgate(pipe, CONFIG)
     passed = {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
     network = denoisers_of(pipe)[0]
@@ -674,7 +690,7 @@ def test_a_copy_is_ungated_and_can_be_gated(name, when):
     twin = copies[0] if copies else copy.deepcopy(pipe)
     twin.set_progress_bar_config(disable=True)
     copied = denoisers_of(twin)[0]
-    assert type(copied) is type(build(name).components[next(k for k, v in pipe.components.items() if v is network)])
+    assert type(copied) is cls
     assert not any(isinstance(layer.processor, GatedProcessor) for layer in attention_layers(copied).values())
     assert torch.equal(twin(**call(name))[0], stock)
     assert torch.equal(gated(twin, call(name))[0], expected)
@@ -972,7 +988,7 @@ def test_a_network_that_is_sharded(order):
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     pipe, other = build(), build()
-    stock, expected = build()(**call())[0], fresh()
+    stock, expected = stock_of(), fresh()
     fully_shard(other.unet, mesh=mesh)  # torch keeps what it makes of a class
     if order == "sharded before":
         fully_shard(pipe.unet, mesh=mesh)

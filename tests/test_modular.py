@@ -1,5 +1,7 @@
 """Modular pipelines: their loops call the denoiser as a guider asks, and have no callback."""
 
+from functools import cached_property, lru_cache
+
 import diffusers
 import pytest
 import torch
@@ -9,7 +11,6 @@ from zoo import STEPS, seeded
 from zoo_modular import MODULAR, ONE_PICTURE_ONLY
 
 from tgate_processors import ConfigError, TGateConfig, UnsupportedPipelineError, apply_tgate
-from tgate_processors._layers import cross_attention_layers
 from tgate_processors._pipelines import denoisers_of
 
 
@@ -36,10 +37,28 @@ def gated(pipe, name, config, pictures=(0,), **settings):
         return pipe(**call(name, pictures, **settings)), tgate
 
 
+class Subject:
+    """An entry's pipeline, and what its tests share: they leave no trace on it, which one of them checks."""
+
+    def __init__(self, name):
+        self.name = name
+        self.pipe = tiny(name)
+
+    @cached_property
+    def stock(self):
+        """The latents of the stock pipeline."""
+        return self.pipe(**call(self.name))
+
+
+@lru_cache(maxsize=1)
+def subject(name):
+    """The tests of one entry follow one another (`conftest.py`)."""
+    return Subject(name)
+
+
 @pytest.mark.parametrize("name", GUIDED)
 def test_a_gate_that_never_closes_is_the_stock_pipeline_and_leaves_no_trace(name):
-    pipe = tiny(name)
-    stock = pipe(**call(name))
+    pipe, stock = subject(name).pipe, subject(name).stock
     networks = denoisers_of(pipe)
     before = list(map(fingerprint, networks))
     assert torch.equal(gated(pipe, name, TGateConfig(gate_step=STEPS))[0], stock)
@@ -52,10 +71,11 @@ def test_a_gate_that_never_closes_is_the_stock_pipeline_and_leaves_no_trace(name
 
 @pytest.mark.parametrize("name", [name for name in GUIDED if name not in (STAGES, HEUN, ALL_GUIDANCE)])
 def test_calls_are_left_out(name):
-    pipe = tiny(name)
+    """Where guidance alone is left out, it is what diffusers' own guider does that stops there."""
+    pipe = subject(name).pipe
     loops = 2 if "two chunks" in name else 1
     seen = list(map(Seen, denoisers_of(pipe)))
-    _, tgate = gated(pipe, name, TGateConfig(gate_step=GATE))
+    latents, tgate = gated(pipe, name, TGateConfig(gate_step=GATE))
     for one in seen:
         one.stop()
     calls = 2 * GATE + (STEPS - GATE)
@@ -66,22 +86,17 @@ def test_calls_are_left_out(name):
     for one in seen:
         if one.cross and not second:
             assert one.computed["cross"] == loops * 2 * GATE * len(one.cross)
+    if not any(one.cross for one in seen):
+        assert torch.equal(latents, with_guiders_that_stop(name, pipe))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in GUIDED
-        if name != ALL_GUIDANCE and not any(map(cross_attention_layers, denoisers_of(tiny(name))))
-    ],
-)
-def test_guidance_alone_is_what_diffusers_own_guider_does_that_stops_there(name):
-    pipe = tiny(name)
-    closed, _ = gated(pipe, name, TGateConfig(gate_step=GATE))
-    for guider in MODULAR[name].guiders:
-        getattr(pipe, guider)._stop = GATE / STEPS
-    assert torch.equal(closed, pipe(**call(name)))
+def with_guiders_that_stop(name, pipe):
+    """The stock latents where guidance ends at `GATE`."""
+    guiders = [getattr(pipe, guider) for guider in MODULAR[name].guiders]
+    with pytest.MonkeyPatch.context() as patch:
+        for guider in guiders:
+            patch.setattr(guider, "_stop", GATE / STEPS)
+        return pipe(**call(name))
 
 
 @pytest.mark.parametrize("name", [SDXL, WAN, QWEN, "StableDiffusionXL (ControlNet)", "LTX2"])
@@ -99,7 +114,7 @@ def test_looks_and_an_interval(name):
 
 @pytest.mark.parametrize("name", [name for name in GUIDED if name not in ONE_PICTURE_ONLY])
 def test_a_batch_of_two_is_two_runs_of_one(name):
-    pipe, config = tiny(name), TGateConfig(gate_step=GATE, look_interval=2)
+    pipe, config = subject(name).pipe, TGateConfig(gate_step=GATE, look_interval=2)
     both, one, other = (gated(pipe, name, config, pictures)[0] for pictures in ([0, 1], [0], [1]))
     torch.testing.assert_close(both, torch.cat([one, other]), rtol=1e-3, atol=5e-4)  # kernels differ by batch
 

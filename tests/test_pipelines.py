@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
+from functools import cached_property, lru_cache
 
 import diffusers
 import pipelines_page
@@ -57,9 +57,34 @@ def no_warning_of_guidance():
         yield
 
 
-@cache
-def stock(name):
-    return run(name, seeded(ENTRIES[name].build))[0]
+class Subject:
+    """An entry's pipeline, and what its tests share: they leave no trace on it, which one of them checks."""
+
+    def __init__(self, name):
+        self.name = name
+        self.pipe = seeded(ENTRIES[name].build)
+        self.denoisers = denoisers_of(self.pipe)
+        self.networks = [*self.denoisers, *side_networks_of(self.pipe)]
+
+    @cached_property
+    def stock(self):
+        """The latents of the stock pipeline."""
+        return run(self.name, self.pipe)[0]
+
+    @cached_property
+    def gated(self):
+        """The latents with a gate at `GATE`, the handle, and what the networks were seen to do."""
+        seen = list(map(Seen, self.networks))
+        latents, tgate = run(self.name, self.pipe, TGateConfig(gate_step=GATE))
+        for one in seen:
+            one.stop()
+        return latents, tgate, seen
+
+
+@lru_cache(maxsize=1)
+def subject(name):
+    """The tests of one entry follow one another (`conftest.py`)."""
+    return Subject(name)
 
 
 def test_every_family_is_here():
@@ -100,20 +125,19 @@ LEAVE_A_TRACE = {
 
 @every_pipeline
 def test_a_gate_that_never_closes_is_the_stock_pipeline_and_leaves_no_trace(name):
-    pipe = seeded(ENTRIES[name].build)
-    networks = [*denoisers_of(pipe), *side_networks_of(pipe)]
-    run(name, pipe)  # diffusers leaves a registry of its hooks on some denoisers at their first run
+    pipe, networks = subject(name).pipe, subject(name).networks
+    stock = subject(name).stock  # diffusers leaves a registry of its hooks on some denoisers at their first run
     before = list(map(fingerprint, networks))
-    assert torch.equal(run(name, pipe, TGateConfig(gate_step=STEPS))[0], stock(name))
+    assert torch.equal(run(name, pipe, TGateConfig(gate_step=STEPS))[0], stock)
     gated, _ = run(name, pipe, TGateConfig(gate_step=1) if is_alone(pipe) else TGateConfig(gate_step=1, **SELF_TOO))
     if is_without_guidance(name, pipe):
-        assert torch.equal(gated, stock(name))
+        assert torch.equal(gated, stock)
     else:
-        assert not torch.allclose(gated, stock(name), atol=1e-4)
+        assert not torch.allclose(gated, stock, atol=1e-4)
     if class_of(name) not in LEAVE_A_TRACE:
         assert [left_behind(*pair) for pair in zip(before, networks, strict=True)] == [{}] * len(networks)
     assert not any(map(is_gated, networks))
-    assert torch.equal(run(name, pipe)[0], stock(name))
+    assert torch.equal(run(name, pipe)[0], stock)
 
 
 def expected_batches(name):
@@ -169,30 +193,40 @@ NOT_COUNTED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in GATED if name not in OTHER_LOOPS])
-def test_evaluations_and_attention_calls(name):
-    pipe = seeded(ENTRIES[name].build)
-    denoisers, side_networks = denoisers_of(pipe), list(side_networks_of(pipe))
-    seen = list(map(Seen, [*denoisers, *side_networks]))
-    _, tgate = run(name, pipe, TGateConfig(gate_step=GATE))
-    for one in seen:
-        one.stop()
+def kind_of(name):
+    """The networks of an entry, by the annotations of its class, and how they are evaluated."""
+    parameters = inspect.signature(getattr(diffusers, class_of(name)).__init__).parameters.values()
+    names = ("adapter", "controlnet", "motion", "prior", "transformer", "unet")
+    networks = [str(parameter) for parameter in parameters if parameter.name.startswith(names)]
+    return *networks, ENTRIES[name].branches, FAMILIES[class_of(name)].guidance
 
-    assert [batch for one in seen[: len(denoisers)] for batch in one.batches] == expected_batches(name)
+
+LOOPS = [name for name in GATED if name not in OTHER_LOOPS]
+COUNTED = set({kind_of(name): name for name in reversed(LOOPS)}.values())
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_evaluations_and_attention_calls(name):
+    """The arithmetic, which takes longest to count, is counted for one entry of each kind."""
+    pipe = subject(name).pipe
+    _, tgate, seen = subject(name).gated
+    of_denoisers = seen[: len(subject(name).denoisers)]
+    assert [batch for one in of_denoisers for batch in one.batches] == expected_batches(name)
     summary = tgate.summary()
     assert summary.batches == tuple(expected_batches(name))
     assert summary.gate_closed_at == GATE
     assert tgate.gate.cache_bytes == 0
-    assert bool(summary.notes) == (class_of(name) in NOT_COUNTED), summary.notes
-    if summary.notes:
+    if name in COUNTED:
+        assert bool(summary.notes) == (class_of(name) in NOT_COUNTED), summary.notes
+        if not summary.notes:
+            assert (summary.macs_saved > 0) != is_without_guidance(name, pipe)
+            assert ("guidance alone is left out" in repr(summary)) == is_alone(pipe)
+    if class_of(name) in NOT_COUNTED or is_alone(pipe):
         return
-    assert (summary.macs_saved > 0) != is_without_guidance(name, pipe)
-    if is_alone(pipe):
-        assert "guidance alone is left out" in repr(summary)
-        return
-    computed = sum((one.computed for one in seen), Counter())
-    assert summary.cost.cross_computed == computed["cross"]
-    assert summary.cost.self_computed == computed["self"]
+    if name in COUNTED:
+        computed = sum((one.computed for one in seen), Counter())
+        assert summary.cost.cross_computed == computed["cross"]
+        assert summary.cost.self_computed == computed["self"]
     for one in seen:
         before_the_gate = len(one.batches) - (STEPS - GATE)
         assert one.computed["cross"] == len(one.cross) * before_the_gate
@@ -210,25 +244,21 @@ def of_twice_the_steps(name):
 
 @pytest.mark.parametrize("name", [name for name in GATED if "strength" in ENTRIES[name].call([0])])
 def test_a_loop_that_begins_in_the_middle_is_counted_as_it_is_run(name):
-    pipe = seeded(ENTRIES[name].build)
-    _, tgate = run(name, pipe, TGateConfig(gate_step=GATE / STEPS), **of_twice_the_steps(name))
+    _, tgate = run(name, subject(name).pipe, TGateConfig(gate_step=GATE / STEPS), **of_twice_the_steps(name))
     assert tgate.summary().gate_closed_at == GATE
     assert len(tgate.summary().batches) == len(expected_batches(name))
 
 
 @pytest.mark.parametrize("name", [name for name in GATED if not {name, class_of(name)} & ONE_PICTURE_ONLY])
 def test_a_batch_of_two_is_two_runs_of_one(name):
-    pipe, config = seeded(ENTRIES[name].build), TGateConfig(gate_step=GATE)
-    both, one, other = (run(name, pipe, config, pictures)[0] for pictures in ([0, 1], [0], [1]))
+    pipe, one = subject(name).pipe, subject(name).gated[0]
+    both, other = (run(name, pipe, TGateConfig(gate_step=GATE), pictures)[0] for pictures in ([0, 1], [1]))
     torch.testing.assert_close(both, torch.cat([one, other]), rtol=1e-3, atol=2e-4)  # kernels differ by batch
 
 
 def test_the_second_of_two_denoisers_closes_in_its_own_first_step():
     """Wan 2.2 changes to another denoiser on the way; that one has nothing stored when the gate has closed."""
-    pipe = seeded(ENTRIES[TWO_DENOISERS].build)
-    seen = list(map(Seen, denoisers_of(pipe)))
-    _, tgate = run(TWO_DENOISERS, pipe, TGateConfig(gate_step=GATE))
-    first, second = seen
+    _, tgate, (first, second) = subject(TWO_DENOISERS).gated
     assert len(first.batches) == 2 * GATE
     assert len(second.batches) == 2 + 1
     assert first.computed["cross"] == 2 * GATE * len(first.cross)
@@ -320,11 +350,10 @@ def _both(value, guidance):
     [name for name in ALONE if name not in OTHER_LOOPS and ENTRIES[name].branches > 1 and "truncated" not in name],
 )
 def test_guidance_alone_is_the_positive_branch_in_the_place_of_both(name):
-    pipe = seeded(ENTRIES[name].build)
-    expected = with_the_positive_branch_alone(name, pipe)
-    gated, _ = run(name, pipe, TGateConfig(gate_step=GATE))
+    expected = with_the_positive_branch_alone(name, subject(name).pipe)
+    gated = subject(name).gated[0]
     torch.testing.assert_close(gated, expected, rtol=1e-3, atol=2e-4)  # kernels differ by batch
-    assert not torch.allclose(gated, stock(name), rtol=1e-3, atol=2e-4)
+    assert not torch.allclose(gated, subject(name).stock, rtol=1e-3, atol=2e-4)
 
 
 def inputs_of(module, kwargs_name="encoder_hidden_states"):

@@ -9,13 +9,13 @@ import pytest
 import torch
 import zoo_motion  # noqa: F401  # registers its pipelines
 import zoo_transformers  # noqa: F401  # registers its pipelines
-import zoo_unets  # noqa: F401  # registers its pipelines
 from diffusers.hooks import apply_group_offloading
 from seen import Seen
 from test_tricks import CONFIG, GATE, gated, holds, tiny
 from tiny import fingerprint, left_behind
 from torch._dynamo.utils import counters
 from zoo import ENTRIES, STEPS
+from zoo_unets import one_block
 
 from tgate_processors import TGateConfig, apply_tgate
 from tgate_processors._layers import cross_attention_layers
@@ -161,7 +161,7 @@ SELF_ATTENTION_TOO = (TGateConfig(gate_step=5, sp_interval=3, warm_up=1), 5)  # 
 )
 def test_compiled_graphs(compiles, when, config, graphs):
     torch._dynamo.reset()
-    pipe, kwargs = tiny()
+    pipe, kwargs = one_block()
     kwargs["num_inference_steps"] = 7
     eager = gated(pipe, kwargs, config)
     before = fingerprint(pipe.unet)
@@ -178,7 +178,7 @@ def test_compiled_graphs(compiles, when, config, graphs):
     assert not counters["graph_break"]
     if when == "before":
         assert left_behind(before, pipe.unet) == {}
-    assert torch.equal(pipe(**kwargs)[0], tiny()[0](**kwargs)[0])
+    assert torch.equal(pipe(**kwargs)[0], one_block()[0](**kwargs)[0])
 
 
 def test_stored_outputs_survive_a_replay():
@@ -197,7 +197,7 @@ def test_stored_outputs_survive_a_replay():
         return replay
 
     torch._dynamo.reset()
-    pipe, kwargs = tiny()
+    pipe, kwargs = one_block()
     expected = gated(pipe, kwargs)
     pipe.unet.compile(backend=replayed)
     with apply_tgate(pipe, CONFIG) as tgate:
@@ -227,7 +227,7 @@ def test_a_cache_in_the_hosts_memory():
 
 def test_compiled_repeated_blocks():
     torch._dynamo.reset()
-    pipe, kwargs = tiny()
+    pipe, kwargs = one_block()
     expected = gated(pipe, kwargs)
     with apply_tgate(pipe, CONFIG) as tgate:
         pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)

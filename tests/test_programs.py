@@ -41,7 +41,7 @@ from tgate_processors import ConfigError, StateError, apply_tgate
 from tgate_processors._pipelines import takes_callback
 
 
-PROGRAMS = int(os.environ.get("TGATE_PROGRAMS", "49"))  # of all kinds together; a long run has thousands
+PROGRAMS = int(os.environ.get("TGATE_PROGRAMS", "28"))  # of all kinds together; a long run has thousands
 STEPS = 12  # of a program
 
 # The pipeline that a program is about, a sibling with a scheduler of its own, and one that shares the scheduler.

@@ -3,7 +3,7 @@
 from functools import partial
 
 import diffusers
-from zoo import STEPS, generators, images, make, of_pictures, register, wake
+from zoo import STEPS, generators, images, make, of_pictures, register, seeded, wake
 
 
 SIZE = 16  # pixels; the autoencoder halves them
@@ -246,6 +246,17 @@ for variant, given in (("", (*TEXT_TO_IMAGE, "noise")), ("Img2Img", IMAGE_TO_IMA
         unet_changes={"time_cond_proj_dim": 8},
         settings={"negative": False},
     )
+
+
+def one_block():
+    """Stable Diffusion whose UNet has one block on each way, since compilers take long; and a call of it."""
+    changes = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    pipe = seeded(partial(build, "StableDiffusionPipeline", unet_changes=changes))
+    return pipe, call([0], inputs=TEXT_TO_IMAGE)
 
 
 def upscale_call(pictures):

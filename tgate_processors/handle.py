@@ -310,5 +310,5 @@ class TGate(Shown, NotTheLoop):
             network.leave(self._loop)
 
     def summary(self) -> Summary:
-        """What the last run did. Counts its arithmetic on the meta device, in a second or so, and raises nothing."""
+        """What the last run did. Raises nothing. Its arithmetic is counted on the meta device when asked for."""
         return summarize(self._loop, self._settings)

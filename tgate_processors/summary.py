@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from textwrap import shorten
 from typing import Any
@@ -20,30 +21,61 @@ from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
 
 
 @dataclass(frozen=True)
+class _Counter:
+    """What counts a network's evaluations, and which they were."""
+
+    network: NetworkCost
+    evaluations: tuple[Evaluation, ...]
+    given: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Summary(Shown):
-    """What a gated run did.
+    """What a gated run did. Its arithmetic is counted when it is first asked for, which takes a second or so.
 
     Args:
         settings: What the gate was set to, and by which preset.
         schedule: The modes of its steps; None where there was no run.
         evaluations: The calls of the denoiser that were computed, in order.
         side_evaluations: The calls of each ControlNet.
-        cost: The arithmetic and the calls of attention layers of all of these.
-        stock_macs: Multiply-accumulates of the stock pipeline's calls; 0 where they could not be counted.
         cache_bytes: Bytes of attention output kept at the peak.
         changes: Where the run decided itself: of cross-attention in the steps from 1 on, by which it decided.
-        notes: What is to be known beside these: what could not be counted, and why.
+        counters: What counts the arithmetic of each network.
+        known: The notes that need no counting.
     """
 
     settings: str
     schedule: Schedule | None = None
     evaluations: tuple[Evaluation, ...] = ()
     side_evaluations: tuple[tuple[Evaluation, ...], ...] = ()
-    cost: Cost = field(default_factory=Cost)
-    stock_macs: int = 0
     cache_bytes: int = 0
     changes: tuple[float, ...] = ()
-    notes: tuple[str, ...] = ()
+    counters: tuple[_Counter, ...] = field(default=(), repr=False, compare=False)
+    known: tuple[str, ...] = ()
+
+    @cached_property
+    def _counted(self) -> tuple[Cost, int, tuple[str, ...]]:
+        """The cost, the stock pipeline's multiply-accumulates, and why they could not be counted."""
+        try:
+            cost = sum((counter.network.of(counter.evaluations) for counter in self.counters), Cost())
+            return cost, sum(counter.network.stock(counter.given).macs for counter in self.counters), ()
+        except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
+            return Cost(), 0, (_not_counted(error),)
+
+    @property
+    def cost(self) -> Cost:
+        """The arithmetic and the calls of attention layers of all evaluations."""
+        return self._counted[0]
+
+    @property
+    def stock_macs(self) -> int:
+        """Multiply-accumulates of the stock pipeline's calls; 0 where they could not be counted."""
+        return self._counted[1]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else is to be known: what could not be counted, and why."""
+        return tuple(dict.fromkeys([*self.known, *self._counted[2]]))
 
     @property
     def gate_closed_at(self) -> int | None:
@@ -117,6 +149,11 @@ def _batches(evaluations: Sequence[Evaluation]) -> str:
     return f"{len(evaluations)}, batches {batches}" + (f", {shallow} of them shallow" if shallow else "")
 
 
+def _not_counted(error: Exception) -> str:
+    why = shorten(f"{type(error).__name__}: {error}".splitlines()[0], width=100, placeholder=" ...")
+    return f"the arithmetic could not be counted: {why}"
+
+
 def summarize(loop: Loop, settings: str) -> Summary:
     """The record of the loop's last run. It raises nothing: what it cannot tell, it says.
 
@@ -130,19 +167,18 @@ def summarize(loop: Loop, settings: str) -> Summary:
         for module in loop.replaced_networks()
     ]
     if run is None or not any(part.record.evaluations for part in run.parts.values()):
-        return Summary(settings, notes=tuple(notes))
-    cost, stock_macs = Cost(), 0
+        return Summary(settings, known=tuple(notes))
+    counters: list[_Counter] = []
     try:
         for network in loop.networks:
             part = run.parts.get(network.layers)
             if part is not None:
-                counter = _counter(network.module, part, loop.deepcache if network in loop.denoisers else None, notes)
-                cost += counter.of(part.record.evaluations)
-                stock_macs += counter.stock(part.record.given).macs
-    except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
-        why = shorten(f"{type(error).__name__}: {error}".splitlines()[0], width=100, placeholder=" ...")
-        notes.append(f"the arithmetic could not be counted: {why}")
-        cost, stock_macs = Cost(), 0
+                deepcache = loop.deepcache if network in loop.denoisers else None
+                counter = _network_cost(network.module, part, deepcache, notes)
+                counters.append(_Counter(counter, tuple(part.record.evaluations), tuple(part.record.given)))
+    except Exception as error:  # a network that cannot be copied, for whatever reason
+        counters.clear()
+        notes.append(_not_counted(error))
     begun = any(part.calls for part in run.parts.values())
     if run.position + begun < run.clock.num_evaluations:  # it is going on, or failed or was cancelled
         notes.append(f"{run.step} of {run.clock.num_steps} steps are done")
@@ -151,11 +187,10 @@ def summarize(loop: Loop, settings: str) -> Summary:
         schedule=Schedule(run.config, run.clock.num_steps, guidance=run.dropped_guidance, closes_at=run.closes_at),
         evaluations=sum((_evaluations(run, network) for network in loop.denoisers), ()),
         side_evaluations=tuple(_evaluations(run, network) for network in loop.side_networks),
-        cost=cost,
-        stock_macs=stock_macs,
         cache_bytes=sum(part.peak_cache_bytes for part in run.parts.values()),
         changes=tuple(map(fmean, loop.changes)),
-        notes=tuple(dict.fromkeys(notes)),
+        counters=tuple(counters),
+        known=tuple(notes),
     )
 
 
@@ -164,7 +199,7 @@ def _evaluations(run: PipelineRun, network: Any) -> tuple[Evaluation, ...]:
     return () if part is None else tuple(part.record.evaluations)
 
 
-def _counter(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:
+def _network_cost(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:
     """What counts a network's evaluations; it says what it counts otherwise than it was."""
     processors = part.processors
     model = meta_copy(module, processors)
