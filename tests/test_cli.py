@@ -263,7 +263,7 @@ def test_an_unknown_sampler(command, capsys, no_work):
     assert said.endswith("`--sampler` must be one of " + ", ".join(SAMPLERS) + ", got 'ddpm'.")
 
 
-@pytest.mark.parametrize("command", ["generate", "calibrate", "tune --psnr 30", "demo"])
+@pytest.mark.parametrize("command", ["generate", "calibrate --steps 5", "tune --psnr 30", "demo"])
 @pytest.mark.parametrize("model", ["sd", "pixart-lcm"])
 def test_what_an_embedded_model_does_not_know(command, model, tmp_path, monkeypatch, capsys, no_work):
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from tgate_processors._validation import require_tolerance, require_whole
 from tgate_processors.cli.generate import Job, fingerprint, generate, given_or_own, read_prompts
@@ -42,6 +43,12 @@ from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 Options = argparse.Namespace
 DONE = 0
 QUICK_COUNT = 12  # prompts of the demo with `--quick`
+
+
+def disable_loading_bars() -> None:
+    """Those of the libraries, which do not ask whether they write to a terminal."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def run_demo(options: Options) -> int:

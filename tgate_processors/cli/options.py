@@ -64,10 +64,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that nothing here needs
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # for the bars of diffusers and transformers, which do not look
     from tgate_processors.cli import commands  # a help text must not wait for diffusers' pipelines
 
+    if not sys.stderr.isatty():
+        commands.disable_loading_bars()
     code: int = getattr(commands, f"run_{options.command}")(options)
     return code
 
