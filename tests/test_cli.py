@@ -4,7 +4,9 @@ import errno
 import json
 import pkgutil
 import re
+import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import pytest
 
 import tgate_processors
 from tgate_processors import ConfigError, cli
-from tgate_processors.cli import main
+from tgate_processors.cli import main, options
 from tgate_processors.measure.convergence import Convergence
+from tgate_processors.measure.samplers import SAMPLERS
 
 
 COMMANDS = ["demo", "generate", "cost", "bench", "table", "calibrate", "quality", "tune", "explore"]
@@ -128,8 +131,8 @@ def test_the_table_is_of_the_rows_that_are_done(monkeypatch, capsys, tmp_path):
 def test_generate_keeps_whole_pictures(monkeypatch, capsys, tmp_path):
     arguments = [
         "generate",
-        "a red circle",
-        "a blue square",
+        "a small red circle on a white background",
+        "a large blue square on a pink background",
         "--steps",
         "2",
         "--gate-step",
@@ -152,7 +155,7 @@ def test_nothing_done_is_nothing_reported(monkeypatch, capsys):
     assert main(["table"]) == 130
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.endswith("tgate-processors table: interrupted\n")
+    assert said.err == "tgate-processors: interrupted\n"
 
 
 def test_no_colours(monkeypatch, capsys):
@@ -164,6 +167,9 @@ def test_no_colours(monkeypatch, capsys):
 # Before the work
 
 
+WORK = ("_pipeline_of", "load_demo_pipeline", "bench", "measure_table")
+
+
 @pytest.fixture
 def no_work(monkeypatch):
     """Work that would be lost is not begun."""
@@ -171,12 +177,13 @@ def no_work(monkeypatch):
     def begun(*args, **kwargs):
         pytest.fail("the work has begun")
 
-    for name in ("_pipeline_of", "load_demo_pipeline", "bench"):
+    for name in WORK:
         monkeypatch.setattr(f"tgate_processors.cli.commands.{name}", begun)
 
 
 def said_at_once(arguments, capsys, code=2):
     """The one line of a command that fails before its work."""
+    arguments = [*arguments[0].split(), *arguments[1:]]
     assert main(arguments) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tgate-processors {arguments[0]}: ")
@@ -186,6 +193,8 @@ def said_at_once(arguments, capsys, code=2):
 FILES = [
     ("demo", "--out", "x.png"),
     ("bench", "--plot", "x.png"),
+    ("table", "--plot", "x.png"),
+    ("tune --psnr 30", "--out", "x.png"),
     ("calibrate", "--plot", "x.svg"),
     ("calibrate", "--out", "x.safetensors"),
     ("quality", "--plot", "x.pdf"),
@@ -223,7 +232,7 @@ def test_trying_a_file_leaves_nothing_behind(command, option, name, tmp_path, mo
     def fails(*args, **kwargs):
         raise ConfigError("as work does")
 
-    for work in ("_pipeline_of", "load_demo_pipeline", "bench"):
+    for work in WORK:
         monkeypatch.setattr(f"tgate_processors.cli.commands.{work}", fails)
     there = tmp_path / f"there-{name}"
     there.write_text("precious")
@@ -239,12 +248,32 @@ def test_a_plot_without_what_plots_is_said_before_the_work(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("device", ["nonsense", "", "cpu:x", "meta", "vulkan", "cuda:99"])
-@pytest.mark.parametrize("command", ["generate", "bench", "calibrate", "quality"])
+@pytest.mark.parametrize("command", ["generate", "bench", "table", "calibrate", "quality", "tune --psnr 30"])
 def test_an_unknown_device(command, device, tmp_path, monkeypatch, capsys, no_work):
     monkeypatch.chdir(tmp_path)
-    prompt = ["a circle"] if command == "generate" else []
+    prompt = ["a small red circle on a white background"] if command == "generate" else []
     said = said_at_once([command, *prompt, "--device", device], capsys)
     assert f"`--device` must be a device of this machine, such as cpu, got {device!r}. Leave it out" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["quality", "tune --psnr 30"])
+def test_an_unknown_sampler(command, capsys, no_work):
+    said = said_at_once([command, "--sampler", "ddpm"], capsys)
+    assert said.endswith("`--sampler` must be one of " + ", ".join(SAMPLERS) + ", got 'ddpm'.")
+
+
+@pytest.mark.parametrize("command", ["generate", "calibrate --steps 5", "tune --psnr 30", "demo"])
+@pytest.mark.parametrize("model", ["sd", "pixart-lcm"])
+def test_what_an_embedded_model_does_not_know(command, model, tmp_path, monkeypatch, capsys, no_work):
+    monkeypatch.chdir(tmp_path)
+    known = "a small red circle on a white background"
+    said = said_at_once([command, known, "a red fox", "--model", model], capsys)
+    assert (
+        "`PROMPT` must use this world's words only, got the unknown 'fox' in 'a red fox'; the words are: a, " in said
+    )
+    said = said_at_once([command, known, "a small red circle", "--model", model], capsys)
+    assert "`PROMPT` must be a caption of this world, got 'a small red circle'; write it like 'a large " in said
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +300,7 @@ def test_messages_name_options(arguments, message, capsys):
 
 
 def test_a_message_of_python_is_told_in_options():
-    options = cli.options.parser().parse_args(["generate", "x"])
+    generate = options.parser().parse_args(["generate", "x"])
     for said, expected in (
         ("`pipe` must be one, got `scheduler`", "`--model` must be one, got `scheduler`"),
         ('with `gate_step="auto"`, got 4 gate_step', 'with `--gate-step="auto"`, got 4 gate_step'),
@@ -279,7 +308,20 @@ def test_a_message_of_python_is_told_in_options():
         ("Call `TGateConfig(gate_step=10)`", "Call `TGateConfig(gate_step=10)`"),
         ("`height` must be even", "`height` must be even"),
     ):
-        assert cli.options._in_options(said, options) == expected
+        assert options._in_options(said, generate) == expected
+
+
+def test_warnings_are_lines_that_name_options(monkeypatch, capsys):
+    def warns(_):
+        warnings.warn("`gate_step` should be below\n  the number of steps", stacklevel=2)
+        return 0
+
+    monkeypatch.setattr("tgate_processors.cli.commands.run_cost", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["cost"]) == 0
+    said = "tgate-processors cost: warning: `--gate-step` should be below the number of steps\n"
+    assert capsys.readouterr().err == said
 
 
 # After the work
@@ -328,20 +370,43 @@ def test_what_was_measured_is_printed_where_its_picture_fails(
 # Ctrl-C
 
 
-def test_ctrl_c_while_what_the_command_needs_is_imported(monkeypatch, capsys):
+@pytest.mark.parametrize("module", ["options", "commands"])
+def test_ctrl_c_while_what_the_command_needs_is_imported(module, monkeypatch, capsys):
     class Interrupts:
         def find_spec(self, name, path=None, target=None):
-            if name == "tgate_processors.cli.commands":
+            if name == f"tgate_processors.cli.{module}":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "tgate_processors.cli.commands", raising=False)
-    monkeypatch.delattr(cli, "commands", raising=False)
+    monkeypatch.delitem(sys.modules, f"tgate_processors.cli.{module}", raising=False)
+    monkeypatch.delattr(cli, module, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
     assert main(["demo"]) == 130
-    assert capsys.readouterr().err == "tgate-processors demo: interrupted\n"
-
-
-def test_ctrl_c_while_options_are_read(monkeypatch, capsys):
-    presses_ctrl_c(monkeypatch, "tgate_processors.cli.options.metadata.version", after=0)
-    assert main(["demo"]) == 130
     assert capsys.readouterr().err == "tgate-processors: interrupted\n"
+
+
+@pytest.mark.parametrize("function", ["options.metadata.version", "commands._pipeline_of", "generate._draw"])
+def test_ctrl_c_before_anything_is_done(function, tmp_path, monkeypatch, capsys):
+    presses_ctrl_c(monkeypatch, f"tgate_processors.cli.{function}", after=0)
+    assert main(["generate", "a small red circle on a white background", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr() == ("", "tgate-processors: interrupted\n")
+
+
+# Quickly
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_no_help_waits_for_torch(arguments):
+    """In one process for each, since this one has imported all."""
+    program = """
+import sys
+from tgate_processors.cli import main
+
+try:
+    main(sys.argv[1:])
+except SystemExit as stopped:
+    assert stopped.code == 0
+slow = {"torch", "diffusers", "transformers", "numpy", "PIL", "tqdm"} & sys.modules.keys()
+sys.exit(f"imported {slow}" if slow else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

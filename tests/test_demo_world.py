@@ -46,7 +46,7 @@ def test_a_caption_reads_like_a_sentence() -> None:
 
 
 def test_parsing_names_unknown_words_and_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"`text`.*unknown 'orange'; the words are: .*yellow"):
+    with pytest.raises(ValueError, match=r"`text`.*unknown 'orange' in 'a .*'; the words are: .*yellow"):
         parse("a large orange circle on a yellow background")
 
 

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tgate_processors import ConfigError
+from tgate_processors import ConfigError, __version__
 from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
 from tgate_processors.cli.generate import read_prompts
@@ -25,9 +26,10 @@ from tgate_processors.measure.sheet import LEAST_COLUMN, MARGIN
 
 PROMPTS = [
     "a large red circle left of a small blue square on a yellow background",
-    "a small green triangle",
-    "a large blue square above a small red circle",
+    "a small green triangle on a white background",
+    "a large blue square above a small red circle on a cyan background",
 ]
+CIRCLE, CIRCLE_NAME = "a large red circle on a white background", "0-a-large-red-circle-on-a-white-background"
 SETTINGS = ["--steps", "3", "--gate-step", "2", "--guidance", "5"]
 
 
@@ -53,15 +55,15 @@ def pixels(folder):
 def test_a_picture_for_each_prompt(folder):
     assert sorted(path.name for path in folder.iterdir()) == [
         "0-a-large-red-circle-left-of-a-small-blue-square-on-a-yellow-b.png",
-        "1-a-small-green-triangle.png",
-        "2-a-large-blue-square-above-a-small-red-circle.png",
+        "1-a-small-green-triangle-on-a-white-background.png",
+        "2-a-large-blue-square-above-a-small-red-circle-on-a-cyan-backg.png",
     ]
     assert len(set(pixels(folder).values())) == 3
 
 
 def test_a_second_run_makes_what_is_missing(folder, prompts, capsys, monkeypatch):
     before = pixels(folder)
-    (folder / "1-a-small-green-triangle.png").unlink()
+    (folder / "1-a-small-green-triangle-on-a-white-background.png").unlink()
     drawn, draw = [], generate_module._draw
 
     def noted(pipe, job, *args, **kwargs):
@@ -72,7 +74,7 @@ def test_a_second_run_makes_what_is_missing(folder, prompts, capsys, monkeypatch
     assert main(["generate", "--prompts", str(prompts), "--out", str(folder), *SETTINGS]) == 0
     assert [job.prompt for job in drawn] == [PROMPTS[1]]
     assert pixels(folder) == before
-    assert f"3 pictures in {folder}" in capsys.readouterr().out
+    assert f"process 1 of 1: 1 made, 2 already there, in {folder}" in capsys.readouterr().out
 
 
 def test_an_interrupted_picture_is_not_there(folder, prompts, tmp_path, monkeypatch):
@@ -131,6 +133,7 @@ def test_all_that_made_a_picture_is_in_it(folder):
         "steps": 3,
         "guidance_scale": 5.0,
         "size": [64, 64],
+        "versions": {"tgate-processors": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         "gate_step": 2,
         "sp_interval": 1,
         "fi_interval": 1,
@@ -155,12 +158,12 @@ def test_what_the_pipeline_takes_of_its_own_is_in_the_picture(model, tmp_path, m
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(generate_module, "_draw", draw)
-    arguments = ["generate", "a circle", "--model", str(model), "--out", str(tmp_path)]
+    arguments = ["generate", CIRCLE, "--model", str(model), "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert asked == [(50, 7.5)]  # of diffusers' Stable Diffusion
     assert main([*arguments, "--steps", "50", "--guidance", "7.5"]) == 0
     assert len(asked) == 1
-    assert main(["generate", "a circle", "--out", str(tmp_path / "embedded")]) == 0
+    assert main(["generate", CIRCLE, "--out", str(tmp_path / "embedded")]) == 0
     assert asked[1:] == [(25, 5.0)]  # what suits the embedded one
 
 
@@ -190,10 +193,14 @@ def test_another_job_in_the_same_folder_is_refused(other, folder, prompts, loade
 @pytest.mark.parametrize(
     ("edited", "name", "reason"),
     [
-        (["a large square", *PROMPTS[1:]], "0-a-large-red", "of another prompt or another place among them"),
+        (
+            ["a large red square on a white background", *PROMPTS[1:]],
+            "0-a-large-red",
+            "of another prompt or another place among them",
+        ),
         ([*PROMPTS[1:], PROMPTS[0]], "0-a-large-red", "of another prompt or another place among them"),
         (PROMPTS[:2], "2-a-large-blue", "of another prompt or another place among them"),
-        ([PROMPTS[0], PROMPTS[1] + "!", PROMPTS[2]], "1-a-small-green", "of another `PROMPT`"),
+        ([PROMPTS[0], PROMPTS[1].upper(), PROMPTS[2]], "1-a-small-green", "of another `PROMPT`"),
     ],
 )
 def test_edited_prompts_are_refused(edited, name, reason, folder, loaded_once, capsys):
@@ -203,16 +210,16 @@ def test_edited_prompts_are_refused(edited, name, reason, folder, loaded_once, c
 
 def test_more_prompts_are_drawn_beside_those_that_are_there(copied, loaded_once):
     before = contents(copied)
-    assert main(["generate", *PROMPTS, "a large cross", "--out", str(copied), *SETTINGS]) == 0
+    assert main(["generate", *PROMPTS, CIRCLE, "--out", str(copied), *SETTINGS]) == 0
     after = contents(copied)
-    assert after.keys() - before.keys() == {"3-a-large-cross.png"}
+    assert after.keys() - before.keys() == {"3-a-large-red-circle-on-a-white-background.png"}
     assert {name: after[name] for name in before} == before
 
 
 def test_somebody_elses_picture_is_left_alone(copied, prompts, loaded_once, capsys):
     (copied / "holiday.png").write_bytes(picture_without_settings())
     assert main(["generate", "--prompts", str(prompts), "--out", str(copied), *SETTINGS]) == 0
-    path = copied / "1-a-small-green-triangle.png"
+    path = copied / "1-a-small-green-triangle-on-a-white-background.png"
     path.write_bytes(picture_without_settings())
     said = refused(["--prompts", str(prompts), *SETTINGS], copied, capsys)
     assert f"got '{path}' without settings" in said
@@ -239,7 +246,7 @@ def test_settings_that_are_none_are_other_settings(written, copied, prompts, loa
 
 @pytest.mark.parametrize("left", [0, 3, 8, 30, 60, 700, 0.5, -1])
 def test_a_cut_off_picture_is_drawn_again(left, copied, loaded_once):
-    path = copied / "1-a-small-green-triangle.png"
+    path = copied / "1-a-small-green-triangle-on-a-white-background.png"
     before = contents(copied)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
@@ -248,7 +255,7 @@ def test_a_cut_off_picture_is_drawn_again(left, copied, loaded_once):
 
 
 def test_a_damaged_picture_is_drawn_again(copied, loaded_once):
-    path = copied / "1-a-small-green-triangle.png"
+    path = copied / "1-a-small-green-triangle-on-a-white-background.png"
     before = contents(copied)
     damaged = bytearray(path.read_bytes())
     damaged[-40] ^= 1
@@ -271,11 +278,11 @@ def test_a_planted_link_is_not_followed(tmp_path, loaded_once):
     folder, victim = tmp_path / "pictures", tmp_path / "victim"
     folder.mkdir()
     victim.write_text("precious")
-    (folder / "0-a-circle.unfinished").symlink_to(victim)
-    assert main(["generate", "a circle", "--out", str(folder), *SETTINGS]) == 0
+    (folder / f"{CIRCLE_NAME}.unfinished").symlink_to(victim)
+    assert main(["generate", CIRCLE, "--out", str(folder), *SETTINGS]) == 0
     assert victim.read_text() == "precious"
     (made,) = folder.iterdir()
-    assert made.name == "0-a-circle.png"
+    assert made.name == f"{CIRCLE_NAME}.png"
     assert not made.is_symlink()
 
 
@@ -289,8 +296,8 @@ def test_a_link_that_is_planted_anew_is_an_error(tmp_path, loaded_once, monkeypa
         path.symlink_to(victim)
 
     monkeypatch.setattr(generate_module.Path, "unlink", plants)
-    assert main(["generate", "a circle", "--out", str(folder), *SETTINGS]) == 1
-    assert f"got '{folder / '0-a-circle.png'}': File exists." in capsys.readouterr().err
+    assert main(["generate", CIRCLE, "--out", str(folder), *SETTINGS]) == 1
+    assert f"got '{folder / CIRCLE_NAME}.png': File exists." in capsys.readouterr().err
     assert victim.read_text() == "precious"
 
 
@@ -299,9 +306,9 @@ def test_a_full_disk_names_the_picture(tmp_path, loaded_once, monkeypatch, capsy
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert main(["generate", "a circle", "--out", str(tmp_path), *SETTINGS]) == 1
+    assert main(["generate", CIRCLE, "--out", str(tmp_path), *SETTINGS]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    path = str(tmp_path / "0-a-circle.png")
+    path = str(tmp_path / f"{CIRCLE_NAME}.png")
     assert f"`--out` must be a place that can be written to, got {path!r}: No space left on device." in said
 
 
@@ -354,8 +361,9 @@ def test_two_processes_make_the_pictures_of_one(folder, prompts, tmp_path):
     no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=no_gpu)
     assert done.returncode == 0, done.stderr
-    assert "process 1 of 2: 2 pictures" in done.stdout
-    assert "process 2 of 2: 1 pictures" in done.stdout
+    assert "process 1 of 2: 2 made, 0 already there" in done.stdout
+    assert "process 2 of 2: 1 made, 0 already there" in done.stdout
+    assert "%|" not in done.stderr  # no bar where nobody watches, of loading neither
     assert pixels(tmp_path) == pixels(folder)
 
 
@@ -371,12 +379,18 @@ def test_without_accelerate_there_is_one_process(monkeypatch):
     ("arguments", "message"),
     [
         ([], "`PROMPT` must be given, or `--prompts FILE`, got neither"),
-        (["--prompts", "nowhere.txt"], "`--prompts` must be a text file .* got 'nowhere.txt': no file"),
-        (["a circle", "--steps", "0"], "`--steps` must be a whole number of at least 1, got 0"),
-        (["a circle", "--gate-step", "0"], "`--gate-step` must be a whole number of at least 1, a fraction"),
-        (["a circle", "--seed", str(2**64)], f"`--seed` must be a whole number of 64 bits, got {2**64}"),
-        (["a circle", "--out", __file__], f"`--out` must be a place .*, got '{__file__}': Not a directory"),
-        (["a circle", "--out", f"{__file__}/x/y"], f"`--out` must be a place .*, got '{__file__}/x/y': Not a dir"),
+        (
+            ["--prompts", "nowhere.txt"],
+            "`--prompts` must be a text file .* got 'nowhere.txt': No such file or directory",
+        ),
+        (["--prompts", "/"], "`--prompts` must be a text file .* got '/': Is a directory. Pass one that can be read"),
+        (["a red fox"], "`PROMPT` must use this world's words only, got the unknown 'fox' in 'a red fox'; the words"),
+        ([CIRCLE, "a circle", "--model", "pixart"], "`PROMPT` must be a caption of this world, got 'a circle'; write"),
+        ([CIRCLE, "--steps", "0"], "`--steps` must be a whole number of at least 1, got 0"),
+        ([CIRCLE, "--gate-step", "0"], "`--gate-step` must be a whole number of at least 1, a fraction"),
+        ([CIRCLE, "--seed", str(2**64)], f"`--seed` must be a whole number of 64 bits, got {2**64}"),
+        ([CIRCLE, "--out", __file__], f"`--out` must be a place .*, got '{__file__}': Not a directory"),
+        ([CIRCLE, "--out", f"{__file__}/x/y"], f"`--out` must be a place .*, got '{__file__}/x/y': Not a dir"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -399,7 +413,7 @@ def test_a_pipeline_of_ones_own(model, folder, tmp_path):
     arguments = ["generate", PROMPTS[1], "--seed", "1", "--model", str(model), "--out", str(tmp_path), *SETTINGS]
     assert main(arguments) == 0
     (picture,) = pixels(tmp_path).values()
-    assert picture == pixels(folder)["1-a-small-green-triangle.png"]
+    assert picture == pixels(folder)["1-a-small-green-triangle-on-a-white-background.png"]
 
 
 def test_other_weights_or_another_scheduler_in_the_same_folder_are_another_model(model, tmp_path, capsys):

@@ -1,6 +1,20 @@
 """The command `tgate-processors`."""
 
-from tgate_processors.cli.options import main
+import sys
+from collections.abc import Sequence
+
+from tgate_processors.measure.interruption import INTERRUPTED
 
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+    try:
+        from tgate_processors.cli.options import run  # Ctrl-C may come while its imports run
+
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("tgate-processors: interrupted", file=sys.stderr)
+        return INTERRUPTED

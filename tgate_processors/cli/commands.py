@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from tgate_processors._validation import require_tolerance, require_whole
 from tgate_processors.cli.explore import Drawer, build_page, gradio, require_port, serve
@@ -35,6 +36,7 @@ from tgate_processors.measure.interruption import INTERRUPTED
 from tgate_processors.measure.quality import quality_of_pipeline
 from tgate_processors.measure.quality_report import plot_quality
 from tgate_processors.measure.rig import Rig, reduced
+from tgate_processors.measure.samplers import require_sampler
 from tgate_processors.measure.tune import LEAST_STEPS, require_budget, tune
 from tgate_processors.presets import PRESETS
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
@@ -44,6 +46,12 @@ Options = argparse.Namespace
 DONE = 0
 QUICK_COUNT = 12  # prompts of the demo with `--quick`
 PAGE_COUNT = 3  # of them on the page
+
+
+def disable_loading_bars() -> None:
+    """Those of the libraries, which do not ask whether they write to a terminal."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def run_demo(options: Options) -> int:
@@ -74,7 +82,7 @@ def run_demo(options: Options) -> int:
 def run_generate(options: Options) -> int:
     """Draw the prompts that are not drawn yet."""
     prompts = _prompts_of(options)
-    _require_prompts(prompts)
+    _require_prompts(prompts, options)
     _require_seed(options)
     if options.steps is not None:
         require_whole("--steps", options.steps, least=1)
@@ -98,7 +106,8 @@ def run_generate(options: Options) -> int:
     jobs = [replace(one, prompt=prompt, seed=options.seed + index) for index, prompt in enumerate(prompts)]
     share = share_of_this_process()
     made = generate(pipe, jobs, options.out, share=share, **call)
-    print(f"process {share.index + 1} of {share.count}: {len(made)} pictures in {options.out}")
+    there = len(share.of(jobs)) - len(made)
+    print(f"process {share.index + 1} of {share.count}: {len(made)} made, {there} already there, in {options.out}")
     return DONE
 
 
@@ -145,7 +154,6 @@ def run_table(options: Options) -> int:
 def run_calibrate(options: Options) -> int:
     """Measure, and suggest a gate step."""
     require_tolerance(options.tolerance)
-    require_whole("--count", options.count, least=1)
     _require_measurable(options)
     if options.out:
         require_file("--out", options.out)
@@ -169,9 +177,11 @@ def run_calibrate(options: Options) -> int:
 def run_quality(options: Options) -> int:
     """Measure the demo's model, or one's own."""
     _require_measurable(options)
+    for sampler in options.sampler:
+        require_sampler(sampler)
     prompts = _prompts_of(options)
     if options.model not in EMBEDDED:
-        _require_prompts(prompts)
+        _require_prompts(prompts, options)
     elif prompts:
         raise ConfigError(
             f"`PROMPT` must be left out for an embedded model, whose own prompts are read, got {len(prompts)}. "
@@ -209,6 +219,8 @@ def run_quality(options: Options) -> int:
 def run_tune(options: Options) -> int:
     """Find the cheapest settings that keep the budget."""
     require_budget(options.psnr, options.arithmetic)
+    if options.sampler is not None:
+        require_sampler(options.sampler)
     call = _measured_call_of(options)
     require_whole("--steps", call["num_inference_steps"], least=LEAST_STEPS)
     require_whole("--count", options.count, least=1)
@@ -254,12 +266,16 @@ def run_explore(options: Options) -> int:
 # What several commands have in common
 
 
-def _require_prompts(prompts: list[str]) -> None:
+def _require_prompts(prompts: list[str], options: Options) -> None:
     if not prompts:
         raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither. Pass what to draw.")
+    if options.model in EMBEDDED:
+        for prompt in prompts:
+            parse(prompt)  # says what the world of the embedded models does not know
 
 
 def _require_measurable(options: Options) -> None:
+    require_whole("--count", options.count, least=1)
     require_whole("--steps", _measured_call_of(options)["num_inference_steps"], least=LEAST_STEPS_FOR_AUTO)
     _require_seed(options)
     _require_plot(options)
@@ -317,7 +333,7 @@ def _prompts_or_held_out(options: Options) -> list[str]:
     prompts = _prompts_of(options)
     if not prompts and options.model in EMBEDDED:
         prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
-    _require_prompts(prompts)
+    _require_prompts(prompts, options)
     return prompts
 
 

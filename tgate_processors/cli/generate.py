@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from inspect import signature
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from tgate_processors import __version__
 from tgate_processors.cli.outputs import writing
 from tgate_processors.cli.processes import Share
 from tgate_processors.errors import ConfigError, UnsupportedPipelineError
@@ -92,13 +94,13 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines are left out.
 
     Raises:
-        ConfigError: There is no such file, no prompt in it, or it is not text.
+        ConfigError: The file cannot be read, is no text, or has no prompt in it.
     """
     rule = f"`--prompts` must be a text file in UTF-8 with a prompt on each line, got {str(path)!r}"
-    if not path.is_file():
-        raise ConfigError(f"{rule}: no file. Pass one that is there.")
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{rule}: {error.strerror}. Pass one that can be read.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{rule}: byte {error.start} is not. Save it in UTF-8.") from error
     # not `splitlines`, which ends a line at other characters too
@@ -123,7 +125,7 @@ def generate(
         call_kwargs: Arguments of the pipeline's call that are the same for all of them.
 
     Returns:
-        The paths of this process's pictures.
+        The paths of the pictures that this process made.
 
     Raises:
         ConfigError: `folder` holds a picture of another job; nothing is drawn.
@@ -135,14 +137,25 @@ def generate(
     _require_no_other(folder, paths)
     mine = dict(share.of(list(paths.items())))
     missing = {path: job for path, job in mine.items() if not _is_whole(path)}
-    bar = tqdm(missing.items(), desc="drawing", unit="picture", initial=len(mine) - len(missing), total=len(mine))
-    bar.disable = share.index > 0
+    bar = tqdm(
+        missing.items(),
+        desc="drawing",
+        unit="picture",
+        initial=len(mine) - len(missing),
+        total=len(mine),
+        disable=True if share.index else None,
+    )
     for path, job in bar:
         gated = picture = _draw(pipe, job, call_kwargs, gated=True)
         if job.with_stock:
             picture = _beside(_draw(pipe, job, call_kwargs, gated=False), gated, job)
-        _save(picture, path, job.record() | {"size": gated.size})
-    return list(mine)
+        _save(picture, path, job.record() | {"size": gated.size, "versions": _versions()})
+    return list(missing)
+
+
+def _versions() -> dict[str, str]:
+    """They are told, not compared: an update in the middle of many prompts is no other job."""
+    return {"tgate-processors": __version__} | {name: metadata.version(name) for name in ("torch", "diffusers")}
 
 
 def _draw(pipe: Any, job: Job, call_kwargs: Mapping[str, Any], *, gated: bool) -> Image.Image:

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ EPILOG = """\
 examples:
   tgate-processors demo                                          see it, on the small model that comes along
   tgate-processors cost --model sdxl --gate-step 10              what a run saves; no weights are loaded
-  tgate-processors bench --model sdxl --dtype bfloat16           what it takes on this machine, beside others
+  tgate-processors bench --model sdxl --dtype bfloat16           what it takes on this machine, and what others take
   tgate-processors table                                         the original's benchmark table, measured here
   tgate-processors calibrate --model FOLDER "a red fox"          which gate step your model suggests
   tgate-processors quality --quick                               what each choice costs in pictures
@@ -37,27 +38,28 @@ exit codes: 0 done; 1 something is missing or cannot be read or written; 2 a bad
 after which what was done is reported, or in its files."""
 
 EMBEDDED = "sd, lcm, pixart or pixart-lcm"  # in words: a help text must not wait for the models' module
+GUIDANCE_SCALE = "scale of classifier-free guidance (default: the pipeline's own)"
 DTYPES = ("float32", "float16", "bfloat16")
 RENAMED = {"num_inference_steps": "steps", "guidance": "guidance_scale", "pipe": "model"}  # Python's names here
 WORDS = ("prompt", "prompts", "text")  # those of `PROMPT`
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
-    name = "tgate-processors"
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code; Ctrl-C is raised where nothing is done yet."""
+    options = parser().parse_args(arguments)
     try:
-        options = parser().parse_args(arguments)
-        name = f"{name} {options.command}"
-        code = _run(options)
-    except KeyboardInterrupt:
-        return _failed(name, "interrupted", INTERRUPTED)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}", options)
+            code = _run(options)
     except (UnsupportedPipelineError, ValueError) as error:
-        return _failed(name, _in_options(str(error), options), 2)
+        _say(str(error), options)
+        return 2
     except (TGateError, OSError) as error:
-        return _failed(name, _in_options(str(error), options), 1)
+        _say(str(error), options)
+        return 1
     if code == INTERRUPTED:
-        return _failed(name, "interrupted: this is of what was done", code)
+        _say("interrupted: this is of what was done", options)
     return code
 
 
@@ -65,14 +67,16 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that nothing here needs
     from tgate_processors.cli import commands  # a help text must not wait for diffusers' pipelines
 
+    if not sys.stderr.isatty():
+        commands.disable_loading_bars()
     code: int = getattr(commands, f"run_{options.command}")(options)
     return code
 
 
-def _failed(name: str, message: str, code: int) -> int:
-    line = re.sub(r"\s*\n\s*", " ", message)
-    print(f"{name}: {line}", file=sys.stderr)
-    return code
+def _say(message: str, options: argparse.Namespace) -> None:
+    """One line for people."""
+    line = re.sub(r"\s*\n\s*", " ", _in_options(message, options))
+    print(f"tgate-processors {options.command}: {line}", file=sys.stderr)
 
 
 def _in_options(message: str, options: argparse.Namespace) -> str:
@@ -125,15 +129,22 @@ def _add_demo(commands: Commands) -> None:
         "prompt",
         nargs="*",
         metavar="PROMPT",
-        help="such as 'a large red circle left of a small blue square on a yellow background'; none: draws some",
+        help="what to draw, such as 'a large red circle left of a small blue square on a yellow background' (default: "
+        "some of the model's own prompts)",
     )
-    demo.add_argument("--count", type=int, default=5, help="how many prompts to draw where none is given")
+    demo.add_argument("--count", type=int, default=5, help="number of the model's own prompts, where none is given")
     demo.add_argument("--model", default="sd", metavar="NAME", help=f"the embedded model: {EMBEDDED}")
     _add_seed_and_steps(demo)
-    demo.add_argument("--guidance-scale", type=float, help="the model's own where none is given")
+    demo.add_argument("--guidance-scale", type=float, metavar="SCALE", help=GUIDANCE_SCALE)
     _add_gate(demo)
-    demo.add_argument("--rounds", type=int, default=3, help="how often each pipeline is timed, in turn")
-    demo.add_argument("--out", type=Path, default=Path("tgate-demo.png"), help="where the pictures go")
+    demo.add_argument("--rounds", type=int, default=3, help="how often each pipeline is timed")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("tgate-demo.png"),
+        metavar="FILE",
+        help="the picture to write, all side by side",
+    )
 
 
 def _add_generate(commands: Commands) -> None:
@@ -147,8 +158,14 @@ def _add_generate(commands: Commands) -> None:
     _add_pipeline(generate)
     _add_seed_and_steps(generate)
     _add_gate(generate)
-    generate.add_argument("--out", type=Path, default=Path("tgate-pictures"), help="the folder of the pictures")
-    generate.add_argument("--with-stock", action="store_true", help="the stock pipeline's picture left of each")
+    generate.add_argument(
+        "--out", type=Path, default=Path("tgate-pictures"), metavar="FOLDER", help="the folder for the pictures"
+    )
+    generate.add_argument(
+        "--with-stock",
+        action="store_true",
+        help="draw each with the stock pipeline too, and put that picture left of it",
+    )
 
 
 def _add_cost(commands: Commands) -> None:
@@ -161,7 +178,9 @@ def _add_cost(commands: Commands) -> None:
     _add_architecture(cost)
     _add_size(cost)
     _add_gate(cost)
-    cost.add_argument("--cache-interval", type=int, help="beside DeepCache with this interval, both runs")
+    cost.add_argument(
+        "--cache-interval", type=int, metavar="STEPS", help="count both runs with DeepCache at this interval"
+    )
     _add_reports(cost, plots=False)
 
 
@@ -169,16 +188,16 @@ def _add_bench(commands: Commands) -> None:
     bench = _command(
         commands,
         "bench",
-        "time the gated pipeline beside stock, the least possible, and its peers",
-        "Times an architecture with random weights, on which speed does not depend. The contestants run turn about; "
-        "one that fails is reported with its error.",
+        "time the gated pipeline, the stock one, the least possible, and peers",
+        "Times an architecture with random weights, on which speed does not depend. The contestants take turns; one "
+        "that fails is reported with its error.",
     )
     _add_architecture(bench)
     _add_size(bench)
     _add_gate(bench)
-    bench.add_argument("--reduce", type=int, default=1, help="divide the width of its layers")
-    bench.add_argument("--batch", type=int, default=1, help="pictures at once")
-    bench.add_argument("--rounds", type=int, default=5, help="how often each is timed, in turn")
+    bench.add_argument("--reduce", type=int, default=1, help="divide the width of the layers by this")
+    bench.add_argument("--batch", type=int, default=1, help="number of pictures in a batch")
+    bench.add_argument("--rounds", type=int, default=5, help="how often each contestant is timed")
     bench.add_argument("--compile", action="store_true", help="compile each denoiser")
     _add_device_and_dtype(bench)
     _add_only(bench, "contestants")
@@ -191,11 +210,11 @@ def _add_table(commands: Commands) -> None:
         "table",
         "measure the original's benchmark table",
         "Counts each row of the original's benchmark table at full size, times it at reduced size with random "
-        "weights, and draws held-out prompts on the embedded model of its kind, beside the published figures.",
+        "weights, draws held-out prompts on the embedded model of its kind, and prints it with the published figures.",
     )
-    table.add_argument("--count", type=int, default=64, help="how many prompts are drawn")
-    table.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
-    table.add_argument("--rounds", type=int, default=3, help="how often each row is timed, in turn")
+    table.add_argument("--count", type=int, default=64, help="number of prompts to draw")
+    _add_seed(table)
+    table.add_argument("--rounds", type=int, default=3, help="how often each row is timed")
     _add_device_and_dtype(table)
     _add_reports(table)
 
@@ -210,9 +229,16 @@ def _add_calibrate(commands: Commands) -> None:
     )
     _add_pipeline(calibrate)
     _add_seed_and_steps(calibrate)
-    calibrate.add_argument("--count", type=int, default=32, help="of the demo's own prompts, where none is given")
-    calibrate.add_argument("--tolerance", type=float, default=TGateConfig.tolerance, help="change that is none")
-    calibrate.add_argument("--out", type=Path, metavar="FILE", help="write what was measured, as safetensors")
+    _add_count(calibrate, 32)
+    calibrate.add_argument(
+        "--tolerance",
+        type=float,
+        default=TGateConfig.tolerance,
+        help="change from one step to the next below which cross-attention has converged",
+    )
+    calibrate.add_argument(
+        "--out", type=Path, metavar="FILE", help="write what was measured into FILE, as safetensors"
+    )
     _add_reports(calibrate)
 
 
@@ -226,10 +252,14 @@ def _add_quality(commands: Commands) -> None:
     )
     _add_pipeline(quality)
     _add_seed_and_steps(quality)
-    quality.add_argument("--count", type=int, default=256, help="of the demo's own prompts")
+    _add_count(quality, 256)
     _add_sampler(quality, nargs="+", default=[], several="; several are compared")
-    quality.add_argument("--quick", action="store_true", help="fewer prompts")
-    quality.add_argument("--clip", metavar="MODEL", help="a CLIP model's folder or name, to score your own model by")
+    quality.add_argument("--quick", action="store_true", help="draw few prompts")
+    quality.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help="a CLIP model's folder or its name on the hub, which scores your model's pictures",
+    )
     _add_only(quality, "ways")
     _add_reports(quality)
 
@@ -245,10 +275,23 @@ def _add_tune(commands: Commands) -> None:
     _add_pipeline(tune)
     _add_seed_and_steps(tune)
     _add_sampler(tune)
-    tune.add_argument("--psnr", type=float, help="the budget: at least so many dB to the stock pictures")
-    tune.add_argument("--arithmetic", type=float, help="the budget: at most this part of the stock arithmetic")
-    tune.add_argument("--count", type=int, default=8, help="of the demo's own prompts, where none is given")
-    tune.add_argument("--out", type=Path, default=Path("tgate-tune.png"), help="where the pictures go")
+    tune.add_argument(
+        "--psnr", type=float, metavar="DB", help="budget: the least likeness to the stock pictures, in dB"
+    )
+    tune.add_argument(
+        "--arithmetic",
+        type=float,
+        metavar="SHARE",
+        help="budget: the greatest share of the stock arithmetic, such as 0.66",
+    )
+    _add_count(tune, 8)
+    tune.add_argument(
+        "--out",
+        type=Path,
+        default=Path("tgate-tune.png"),
+        metavar="FILE",
+        help="the picture to write, all side by side",
+    )
     _add_reports(tune, plots=False)
 
 
@@ -269,7 +312,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says only those defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def _command(commands: Commands, name: str, short: str, description: str) -> argparse.ArgumentParser:
@@ -282,7 +326,7 @@ def _command(commands: Commands, name: str, short: str, description: str) -> arg
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
     """A pipeline with its weights, and what it draws."""
     command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
-    command.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt on each line")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
     _add_model(command)
 
 
@@ -292,9 +336,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--model", default="sd", help=f"a pipeline's folder or its name on the hub, or an embedded model: {EMBEDDED}"
     )
     command.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model, as its own pipeline"
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, such as its own pipeline"
     )
-    command.add_argument("--guidance-scale", type=float, help="the pipeline's own where none is given")
+    command.add_argument("--guidance-scale", type=float, metavar="SCALE", help=GUIDANCE_SCALE)
     _add_device_and_dtype(command)
 
 
@@ -309,18 +353,29 @@ def _add_architecture(command: argparse.ArgumentParser) -> None:
 
 
 def _add_seed_and_steps(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of SEED + i")
+    _add_seed(command)
     _add_steps(command)
+
+
+def _add_seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise; picture i has SEED + i")
+
+
+def _add_count(command: argparse.ArgumentParser, default: int) -> None:
+    help_text = "number of the embedded model's own prompts, where none is given"
+    command.add_argument("--count", type=int, default=default, help=help_text)
 
 
 def _add_size(command: argparse.ArgumentParser) -> None:
     _add_steps(command)
-    command.add_argument("--height", type=int, help="pixels; the model's own where none is given")
-    command.add_argument("--width", type=int, help="pixels; the model's own where none is given")
+    command.add_argument(
+        "--height", type=int, metavar="PIXELS", help="height of the picture (default: the model's own)"
+    )
+    command.add_argument("--width", type=int, metavar="PIXELS", help="width of the picture (default: the model's own)")
 
 
 def _add_steps(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=int, help="denoising steps; the model's own where none is given")
+    command.add_argument("--steps", type=int, help="number of denoising steps (default: the model's own)")
 
 
 def _add_gate(command: argparse.ArgumentParser) -> None:
@@ -328,13 +383,17 @@ def _add_gate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gate-step",
         type=_gate_step,
-        help="steps before the gate closes, or their share, or auto; the papers' for the model where none is given, "
-        "or two fifths",
+        metavar="STEP",
+        help="number of steps before the gate closes, such as 10; their share of the run, such as 0.4; or auto "
+        "(default: the papers' for the model, 0.4 for other models)",
     )
-    command.add_argument("--look-interval", type=int, help="look at the text again every so many steps after the gate")
-    command.add_argument("--sp-interval", type=int, default=1, help="self-attention's interval before the gate")
-    command.add_argument("--fi-interval", type=int, default=1, help="self-attention's interval after the gate")
-    command.add_argument("--warm-up", type=int, default=0, help="steps in which self-attention is always computed")
+    for name, default, text in (
+        ("--look-interval", None, "compute every so many steps after the gate as before it"),
+        ("--sp-interval", 1, "compute self-attention every so many steps before the gate"),
+        ("--fi-interval", 1, "compute self-attention every so many steps after the gate"),
+        ("--warm-up", 0, "number of first steps that compute self-attention in any case"),
+    ):
+        command.add_argument(name, type=int, default=default, metavar="STEPS", help=text)
 
 
 def _gate_step(text: str) -> int | float | str:
@@ -348,19 +407,22 @@ def _gate_step(text: str) -> int | float | str:
 
 
 def _add_device_and_dtype(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="such as cuda or cpu; the first accelerator where none is given")
+    command.add_argument("--device", help="device to run on, such as cuda or cpu (default: the first accelerator)")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of weights and latents")
 
 
 def _add_sampler(command: argparse.ArgumentParser, several: str = "", **settings: Any) -> None:
-    command.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}{several}", **settings)
+    help_text = f"sampler to draw with: {', '.join(SAMPLERS)}{several}"
+    command.add_argument("--sampler", metavar="NAME", help=help_text, **settings)
 
 
 def _add_only(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"{what}, by parts of their names")
+    command.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help=f"{what} to keep, by parts of their names"
+    )
 
 
 def _add_reports(command: argparse.ArgumentParser, *, plots: bool = True) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--json", action="store_true", help="print the report as one JSON object")
     if plots:
-        command.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of it")
+        command.add_argument("--plot", type=Path, metavar="FILE", help="write the report as a picture")

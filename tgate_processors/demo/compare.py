@@ -111,7 +111,7 @@ def compare(
             side.seconds.append(time.perf_counter() - started)
         side.pictures = images.float() * 2 - 1
 
-    with tqdm(total=2 * call["num_inference_steps"] * (rounds + 1), unit="step", desc="drawing") as bar:
+    with tqdm(total=2 * call["num_inference_steps"] * (rounds + 1), unit="step", desc="drawing", disable=None) as bar:
         # not by a callback, which PixArt's pipelines do not take
         counting = denoisers_of(pipe)[0].register_forward_hook(lambda *_: bar.update() and None)
         try:

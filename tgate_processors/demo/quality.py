@@ -84,7 +84,7 @@ def quality_of_demo(
         "seed": seed,
         "dtype": dtype,
     }
-    with tqdm(total=len(samplers) * len(chosen) * count, desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(samplers) * len(chosen) * count, desc="drawing", unit="picture", disable=None) as bar:
 
         def under(sampler: str) -> Report:
             return compare(

@@ -67,7 +67,7 @@ def measure_table(*, count: int, seed: int, rounds: int, device: str, dtype: tor
     pictures: dict[PublishedRow, Pictures] = {}
     errors: dict[PublishedRow, str] = {}
     with keeping(counted, settings):
-        for row in tqdm(PUBLISHED, desc="counting", unit="row", leave=False):
+        for row in tqdm(PUBLISHED, desc="counting", unit="row", leave=False, disable=None):
             counted[row] = count_row(row)
         _time(rounds, device, dtype, speed_ups, errors)
         _draw(pipes, held_out_scenes(count, seed), seed, pictures, errors)
@@ -89,7 +89,7 @@ def _time(
 ) -> None:
     """The rows of each model run turn about."""
     by_model = sorted(PUBLISHED, key=lambda row: row.model)
-    with tqdm(total=len(PUBLISHED) * (rounds + 1), desc="timing", unit="run", leave=False) as bar:
+    with tqdm(total=len(PUBLISHED) * (rounds + 1), desc="timing", unit="run", leave=False, disable=None) as bar:
         for model, of_model in groupby(by_model, key=lambda row: row.model):
             rows = list(of_model)
             all_laps = [Laps(Contestant(row.name, by_way(row.way), phases=False)) for row in rows]
@@ -133,7 +133,11 @@ def _draw(
     """Rows that run alike on the same embedded model are drawn once."""
     drawn: dict[Any, Tensor] = {}
     with tqdm(
-        total=len({_alike(row) for row in PUBLISHED}) * len(scenes), desc="drawing", unit="picture", leave=False
+        total=len({_alike(row) for row in PUBLISHED}) * len(scenes),
+        desc="drawing",
+        unit="picture",
+        leave=False,
+        disable=None,
     ) as bar:
         for row in PUBLISHED:
             if _alike(row) not in drawn:

@@ -89,7 +89,7 @@ def parse(text: str) -> Scene:
     unknown = [word for word in words if word not in WORDS]
     if unknown:
         raise ValueError(
-            f"`text` must use this world's words only, got the unknown {', '.join(map(repr, unknown))}; "
+            f"`text` must use this world's words only, got the unknown {', '.join(map(repr, unknown))} in {text!r}; "
             f"the words are: {', '.join(WORDS)}."
         )
     found = _CAPTION.fullmatch(" ".join(words))

@@ -185,7 +185,7 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
     }
     done: list[int] = []
     with (
-        tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False) as bar,
+        tqdm(total=len(chosen) * (rounds + 1), desc="timing", unit="run", leave=False, disable=None) as bar,
         keeping(done, settings),
     ):
         for turn in take_rounds(all_laps, rig, rounds, bar, compiles=compiles):

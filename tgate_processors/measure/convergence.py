@@ -179,7 +179,7 @@ def measure_convergence(
     with TGate(Loop(pipe, config, watches_all=True), callback) as tgate, keeping(changes, settings):
         if takes_callback(pipe):
             kwargs["callback_on_step_end"] = tgate
-        for index, prompt in enumerate(tqdm(prompts, desc="measuring", unit="prompt")):
+        for index, prompt in enumerate(tqdm(prompts, desc="measuring", unit="prompt", disable=None)):
             pipe(prompt, generator=torch.Generator().manual_seed(seed + index), **kwargs)
             changes.append(tgate.changes)
     layers = tuple(cross_attention_layers(denoisers_of(pipe)[0]))

@@ -224,7 +224,7 @@ def quality_of_pipeline(
     settings = {"steps": num_inference_steps, "prompts": len(prompts), "seed": seed}
     settings = described(pipe, call_kwargs) | settings
     total = max(1, len(samplers)) * len(chosen) * len(prompts)
-    with tqdm(total=total, desc="drawing", unit="picture") as bar:
+    with tqdm(total=total, desc="drawing", unit="picture", disable=None) as bar:
 
         def under(sampler: str) -> Report:
             return compare(

@@ -20,6 +20,12 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def require_sampler(name: str) -> None:
+    """Raise `ConfigError` unless `name` is a key of `SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise ConfigError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {name!r}.")
+
+
 @contextmanager
 def sampler_on(pipe: Any, name: str | None) -> Iterator[None]:
     """The pipeline draws with a sampler while the context lasts; None: with the scheduler that it has.
@@ -43,8 +49,7 @@ def sampler_on(pipe: Any, name: str | None) -> Iterator[None]:
 
 
 def _scheduler_for(own: Any, name: str) -> Any:
-    if name not in SAMPLERS:
-        raise ConfigError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {name!r}.")
+    require_sampler(name)
     class_name, settings = SAMPLERS[name]
     kinds = [kind for kind in getattr(own, "compatibles", []) if kind.__name__ == class_name]
     # Video models of flow matching have a UniPC whose noise levels no other sampler would take from it.

@@ -185,7 +185,7 @@ def tune(
     arguments = one_by_one(prompts, num_inference_steps, seed, call_kwargs)
     tried: list[Tried] = []
     total = (1 + len(configs)) * len(prompts)
-    with sampler_on(pipe, sampler), tqdm(total=total, desc="drawing", unit="picture") as bar:
+    with sampler_on(pipe, sampler), tqdm(total=total, desc="drawing", unit="picture", disable=None) as bar:
         settings = described(pipe, call_kwargs) | {"sampler": sampler or OWN, "steps": num_inference_steps}
         settings |= {"prompts": len(prompts), "seed": seed}
         stock = draw(pipe, ways.stock(), len(prompts), arguments, bar=bar)
