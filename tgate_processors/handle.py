@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ModularPipeline
@@ -236,7 +236,7 @@ class TGate(NotTheLoop):
             ]
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TGate":
         return self
 
     def __exit__(
