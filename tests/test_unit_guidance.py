@@ -42,7 +42,7 @@ def test_before_guidance_begins_the_positive_branch_is_computed(branch, positive
 def test_a_pipeline_that_is_known_is_believed():
     different = ((torch.tensor([[1.0], [2.0]]), 5), {})
     assert asked(Halves("negative"), different, True) is True
-    assert asked(Halves("negative"), different, False) is False
+    assert asked(Halves("negative"), doubled(1, 2), False) is False
 
 
 def test_an_odd_batch_has_no_halves():

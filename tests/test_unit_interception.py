@@ -71,6 +71,7 @@ def test_another_module_of_the_class_is_not_intercepted():
     sample, text = inputs()
     other(sample, 5, text)
     assert interceptor_of(other) is None
+    type(module)()(sample, 5, text)  # nor one that is made by the class that the module has now
     assert notes.calls == []
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import DDPMWuerstchenScheduler, ModularPipeline, PNDMScheduler
-from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import BaseGuidance
 
 from tgate_processors._callers import local_of
 from tgate_processors._clock import StepClock

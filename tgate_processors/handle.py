@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ModularPipeline
@@ -277,7 +277,7 @@ class TGate(Shown, NotTheLoop):
         rows = (("gate", self._where), ("settings", self._settings), ("networks", networks), ("run", self._progress))
         yield Table(rows, has_heading=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TGate":
         return self
 
     def __exit__(

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -49,7 +49,7 @@ class GatedProcessor(metaclass=Disguised):
     is_cross_attention: bool
     state: LayerState
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
         self._gate(None, None, False)
         return self

@@ -18,7 +18,7 @@ from tgate_processors.cli.generate import Job, fingerprint, generate, given_or_o
 from tgate_processors.cli.outputs import require_file, require_folder, write_picture, write_plot, writing
 from tgate_processors.cli.processes import device_named, device_of_this_process, share_of_this_process
 from tgate_processors.demo.compare import compare
-from tgate_processors.demo.embedded import EMBEDDED, embedded_architecture, load_demo_pipeline
+from tgate_processors.demo.embedded import DTYPE, EMBEDDED, embedded_architecture, load_demo_pipeline
 from tgate_processors.demo.evaluate import held_out_scenes
 from tgate_processors.demo.picture import side_by_side
 from tgate_processors.demo.quality import SAMPLERS, quality_of_demo
@@ -358,7 +358,7 @@ def _pipeline_of(options: Options, device: torch.device) -> Any:
         pipe = load_demo_pipeline(options.model, dtype=dtype)
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            options.model, use_safetensors=True, dtype=dtype, trust_remote_code=options.trust_remote_code
+            options.model, use_safetensors=True, trust_remote_code=options.trust_remote_code, **{DTYPE: dtype}
         )
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -5,14 +5,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
+from transformers import AutoTokenizer
 
 from tgate_processors._pipelines import denoisers_of
 from tgate_processors.errors import ConfigError, MissingPackageError
 from tgate_processors.measure.architectures import Architecture, architecture
 
 
+# What `from_pretrained` calls the type of the weights; where it does not know the name, it says nothing.
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 WEIGHTS = Path(__file__).parent / "weights"
 TEACHER_STEPS = 10  # of the runs that the latent-consistency models were taught by
 
@@ -69,11 +73,13 @@ def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.f
             f"got {str(model)!r}. Train one with `python -m tgate_processors.demo.train --out FOLDER`."
         )
     # the other way of loading asks for `accelerate`, and a model this small gains nothing by it
-    settings = {"dtype": dtype, "local_files_only": True, "low_cpu_mem_usage": False}
-    parts = {}
+    settings = {DTYPE: dtype, "local_files_only": True, "low_cpu_mem_usage": False}
+    parts = {"tokenizer": None}  # transformers 4 and 5 read one file of it, each by a class of its own
     if embedded is not None and embedded.vae is not None:
         parts["vae"] = AutoencoderKL.from_pretrained(WEIGHTS / embedded.vae, subfolder="vae", **settings)
-    return DiffusionPipeline.from_pretrained(folder, **parts, **settings)
+    pipe = DiffusionPipeline.from_pretrained(folder, **parts, **settings)
+    pipe.register_modules(tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+    return pipe
 
 
 def _adapted(teacher: str, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
