@@ -258,14 +258,14 @@ def test_a_browser_draws_and_asks_no_other_host(browser, served):
     page.goto(served)
     page.get_by_label("prompt").first.fill("a red fox")
     page.get_by_role("button", name="Draw").click()
-    page.get_by_text("got the unknown 'fox'").wait_for(timeout=60_000)
+    page.get_by_text("got the unknown 'fox'").wait_for(timeout=120_000)
     page.get_by_label("prompt").first.fill(PROMPT)
     page.get_by_role("button", name="Draw").click()
-    page.get_by_text("PSNR to stock").wait_for(timeout=60_000)
+    page.get_by_text("PSNR to stock").wait_for(timeout=120_000)
     assert page.locator("img[src*='/file=']").count() == 2
     assert page.locator("img[src^='data:image']").count() == 1
     assert page.evaluate("document.documentElement.scrollWidth") == 420  # nothing sticks out
     assert all(url.startswith((served, "data:", "blob:")) for url in asked)
     page.get_by_label("seed").fill("7")
     page.get_by_role("button", name="Draw").click()
-    page.get_by_text("stock run").first.wait_for(timeout=60_000)  # and Ctrl-C comes while it draws
+    page.get_by_text("stock run").first.wait_for(timeout=120_000)  # and Ctrl-C comes while it draws

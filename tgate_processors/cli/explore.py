@@ -146,8 +146,7 @@ def serve(gr: Any, page: Any, drawer: Drawer, port: int) -> None:
         pass
     finally:
         drawer.close()  # a thread that computes while Python ends makes it abort
-        page.server.force_exit = True  # browsers keep their connections
-        page.close(verbose=False)
+        page.server.should_exit = True  # not waited for: browsers keep their connections
 
 
 def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequence[str] = ()) -> Any:
