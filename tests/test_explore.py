@@ -118,15 +118,19 @@ def test_the_figures_of_a_pair(pair):
 # The drawer
 
 
-def test_the_drawer_keeps_the_last_stock_run(drawer):
-    first = drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=silent)
-    assert first.config == GATE
-    moved = drawer.draw(PROMPT, STEPS, OWN, 0, 3, 2, tell=silent)
-    assert moved.stock is first.stock
-    assert moved.config == TGateConfig(gate_step=3, look_interval=2)
-    other = drawer.draw(PROMPT, STEPS, OWN, 1, 3, 1, tell=silent)
-    assert other.stock is not first.stock
-    assert other.config == TGateConfig(gate_step=3)
+def test_the_drawer_draws_with_the_settings_and_keeps_the_last_stock_run(drawer):
+    stock, gated, said, figure = drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=silent)
+    assert stock.size == gated.size == (384, 384)
+    assert stock.tobytes() != gated.tobytes()
+    assert "`TGateConfig(gate_step=2)`" in said
+    assert figure.axes
+    first = drawer._last
+    said = drawer.draw(PROMPT, STEPS, OWN, 0, 3, 2, tell=silent)[2]
+    assert "`TGateConfig(gate_step=3, look_interval=2)`" in said
+    assert drawer._last is first
+    said = drawer.draw(PROMPT, STEPS, OWN, 1, 3, 1, tell=silent)[2]
+    assert "`TGateConfig(gate_step=3)`" in said
+    assert drawer._last is not first
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,8 @@ def test_closing_ends_what_is_being_drawn(pipe, drawer):
     with pytest.raises(StateError, match="The page has ended"):
         drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=close_in_the_third)
     closing.join()
+    with pytest.raises(StateError, match="The page has ended"):
+        drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=close_in_the_third)
     assert len(evaluations) == 3
     assert fingerprint(pipe.unet) == before
 
