@@ -118,15 +118,19 @@ def test_the_figures_of_a_pair(pair):
 # The drawer
 
 
-def test_the_drawer_keeps_the_last_stock_run(drawer):
-    first = drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=silent)
-    assert first.config == GATE
-    moved = drawer.draw(PROMPT, STEPS, OWN, 0, 3, 2, tell=silent)
-    assert moved.stock is first.stock
-    assert moved.config == TGateConfig(gate_step=3, look_interval=2)
-    other = drawer.draw(PROMPT, STEPS, OWN, 1, 3, 1, tell=silent)
-    assert other.stock is not first.stock
-    assert other.config == TGateConfig(gate_step=3)
+def test_the_drawer_draws_with_the_settings_and_keeps_the_last_stock_run(drawer):
+    stock, gated, said, figure = drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=silent)
+    assert stock.size == gated.size == (384, 384)
+    assert stock.tobytes() != gated.tobytes()
+    assert "`TGateConfig(gate_step=2)`" in said
+    assert figure.axes
+    first = drawer._last
+    said = drawer.draw(PROMPT, STEPS, OWN, 0, 3, 2, tell=silent)[2]
+    assert "`TGateConfig(gate_step=3, look_interval=2)`" in said
+    assert drawer._last is first
+    said = drawer.draw(PROMPT, STEPS, OWN, 1, 3, 1, tell=silent)[2]
+    assert "`TGateConfig(gate_step=3)`" in said
+    assert drawer._last is not first
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,8 @@ def test_closing_ends_what_is_being_drawn(pipe, drawer):
     with pytest.raises(StateError, match="The page has ended"):
         drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=close_in_the_third)
     closing.join()
+    with pytest.raises(StateError, match="The page has ended"):
+        drawer.draw(PROMPT, STEPS, OWN, 0, 2, 0, tell=close_in_the_third)
     assert len(evaluations) == 3
     assert fingerprint(pipe.unet) == before
 
@@ -258,14 +264,14 @@ def test_a_browser_draws_and_asks_no_other_host(browser, served):
     page.goto(served)
     page.get_by_label("prompt").first.fill("a red fox")
     page.get_by_role("button", name="Draw").click()
-    page.get_by_text("got the unknown 'fox'").wait_for(timeout=60_000)
+    page.get_by_text("got the unknown 'fox'").wait_for(timeout=120_000)
     page.get_by_label("prompt").first.fill(PROMPT)
     page.get_by_role("button", name="Draw").click()
-    page.get_by_text("PSNR to stock").wait_for(timeout=60_000)
+    page.get_by_text("PSNR to stock").wait_for(timeout=120_000)
     assert page.locator("img[src*='/file=']").count() == 2
     assert page.locator("img[src^='data:image']").count() == 1
     assert page.evaluate("document.documentElement.scrollWidth") == 420  # nothing sticks out
     assert all(url.startswith((served, "data:", "blob:")) for url in asked)
     page.get_by_label("seed").fill("7")
     page.get_by_role("button", name="Draw").click()
-    page.get_by_text("stock run").first.wait_for(timeout=60_000)  # and Ctrl-C comes while it draws
+    page.get_by_text("stock run").first.wait_for(timeout=120_000)  # and Ctrl-C comes while it draws

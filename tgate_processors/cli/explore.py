@@ -86,8 +86,8 @@ class Drawer:
 
     def draw(
         self, prompt: str, steps: int, sampler: str, seed: int, gate_step: int, look_interval: int, *, tell: Tell
-    ) -> Pair:
-        """What the page's settings draw.
+    ) -> tuple[Image.Image, Image.Image, str, Any]:
+        """The stock and the gated picture, what is told of them, and the figure of the convergence.
 
         Raises:
             ValueError: A setting breaks its rule; `ConfigError` where the library says it.
@@ -102,14 +102,18 @@ class Drawer:
         config = replace(self.config, gate_step=gate_step, look_interval=looks)
 
         def tell_unless_closed(part: float, name: str) -> None:
-            if self._closed:
-                raise StateError("The page has ended: nothing more is drawn.")
+            self._check_is_open()
             tell(part, name)
 
         with self._drawing:
+            self._check_is_open()
             pair = draw_pair(self.pipe, asked, config, last=self._last, tell=tell_unless_closed)
             self._last = pair.stock
-        return pair
+            return _enlarged(pair.stock.picture), _enlarged(pair.picture), told(pair), pair.plot()
+
+    def _check_is_open(self) -> None:
+        if self._closed:
+            raise StateError("The page has ended: nothing more is drawn.")
 
     def close(self) -> None:
         """End what is being drawn, after the evaluation that is going on; nothing is drawn from then on."""
@@ -146,8 +150,7 @@ def serve(gr: Any, page: Any, drawer: Drawer, port: int) -> None:
         pass
     finally:
         drawer.close()  # a thread that computes while Python ends makes it abort
-        page.server.force_exit = True  # browsers keep their connections
-        page.close(verbose=False)
+        page.server.should_exit = True  # not waited for: browsers keep their connections
 
 
 def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequence[str] = ()) -> Any:
@@ -174,8 +177,7 @@ def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequ
             progress(part, desc=name)
 
         try:
-            pair = drawer.draw(prompt, steps, sampler, seed, gate_step, look_interval, tell=tell)
-            return _enlarged(pair.stock.picture), _enlarged(pair.picture), told(pair), pair.plot()
+            return drawer.draw(prompt, steps, sampler, seed, gate_step, look_interval, tell=tell)
         except (TGateError, ValueError) as error:
             raise gr.Error(_in_labels(str(error)), print_exception=False) from error
 

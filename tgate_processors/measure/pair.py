@@ -108,7 +108,7 @@ class Pair:
         convergence, schedule = self.stock.convergence, self.summary.schedule
         if convergence is None or schedule is None:
             return None
-        figure = new_figure(6.4, 4)  # its words are read on a telephone too
+        figure = new_figure(6.4, 4.6)  # its words are read on a telephone too
         axes = figure.subplots()
         after = range(schedule.gate_step, len(schedule))
         looks = [step for step in after if schedule[step].phase is Phase.PLANNING]
@@ -117,6 +117,9 @@ class Pair:
         axes.axvline(schedule.gate_step, color="black", label=f"this gate: {schedule.gate_step}")
         plot_curve(convergence, axes, TGateConfig.tolerance)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.get_legend().remove()  # in a short run it would lie on the lines
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         return figure
 
 
