@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tgate_processors import ConfigError, MissingPackageError
 from tgate_processors._pipelines import denoisers_of
-from tgate_processors.demo import pixart
+from tgate_processors.demo import evaluate, pixart
 from tgate_processors.demo.embedded import EMBEDDED, WEIGHTS, load_demo_pipeline
 from tgate_processors.demo.evaluate import adherence, generate, held_out_scenes
 from tgate_processors.demo.model import TOKENS, build_tokenizer, byte_pairs
@@ -81,6 +81,17 @@ def test_a_model_draws_what_it_is_told(name: str) -> None:
     scenes = held_out_scenes(8, 5)
     pictures = generate(pipe, [caption(scene) for scene in scenes], range(5, 13), **EMBEDDED[name].call)
     assert adherence(pictures, scenes)["all"].mean >= 0.6
+
+
+@pytest.mark.parametrize("name", ["lcm", "pixart-lcm"])  # one takes a callback, the other none
+def test_evaluate_draws_with_a_gate_too(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    drawn = []
+    monkeypatch.setattr(evaluate, "adherence", lambda pictures, scenes: drawn.append(pictures) or {})
+    for gate in ([], ["--gate-step", "1"], ["--gate-step", "3"]):
+        evaluate.main(["--model", name, "--prompts", "1", *gate])
+    assert capsys.readouterr().out.count(", gate step") == 2
+    stock, first, third = drawn
+    assert (first - stock).abs().mean() > (third - stock).abs().mean() > 0
 
 
 def test_a_latent_consistency_model_is_an_adapter_of_its_teacher() -> None:

@@ -27,7 +27,7 @@ SHELL = [(page, block) for page, language, block in BLOCKS if language == "sh"]
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
-    assert {language for _, language, _ in BLOCKS} == {"python", "sh", "text", "diff"}
+    assert {language for _, language, _ in BLOCKS} == {"python", "sh", "text", "diff", "bibtex"}
     assert len(PYTHON) >= 29
     assert len(SHELL) >= 20
 

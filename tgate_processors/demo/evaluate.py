@@ -16,9 +16,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from tgate_processors._pipelines import takes_callback
 from tgate_processors.demo.checker import ATTRIBUTES, Reading, read
 from tgate_processors.demo.embedded import EMBEDDED, load_demo_pipeline
 from tgate_processors.demo.world import Scene, caption, sample_scenes
+from tgate_processors.handle import apply_tgate
+from tgate_processors.schedule import TGateConfig
 
 
 BATCH = 32  # pictures
@@ -89,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--steps", type=int, help="the model's own where none is given")
     parser.add_argument("--guidance", type=float, help="the model's own where none is given")
+    parser.add_argument("--gate-step", type=int, help="where the gate closes; the stock pipeline where none is given")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; picture i has the seed `seed + i`")
     parser.add_argument("--device", default="cpu")
     return parser
@@ -102,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
     call = {**own.call, **{name: value for name, value in given.items() if value is not None}}
     scenes = held_out_scenes(options.prompts, options.seed)
+    if options.gate_step is not None:
+        tgate = apply_tgate(pipe, TGateConfig(gate_step=options.gate_step))
+        call |= {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
     started, pictures = time.perf_counter(), []
     for start in tqdm(range(0, len(scenes), BATCH), desc="pictures"):
         prompts = [caption(scene) for scene in scenes[start : start + BATCH]]
@@ -109,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures.append(generate(pipe, prompts, seeds, **call))
     seconds = (time.perf_counter() - started) / len(scenes)
     steps, guidance = call["num_inference_steps"], call["guidance_scale"]
-    print(f"{options.model}: {len(scenes)} held-out prompts, {steps} steps, guidance {guidance:g}")
+    gate = "" if options.gate_step is None else f", gate step {options.gate_step}"
+    print(f"{options.model}: {len(scenes)} held-out prompts, {steps} steps, guidance {guidance:g}{gate}")
     print(table(adherence(torch.cat(pictures), scenes)))
     print(f"{seconds:.2f} seconds a picture")
 
