@@ -152,7 +152,6 @@ SELF_ATTENTION_TOO = (TGateConfig(gate_step=5, sp_interval=3, warm_up=1), 5)  # 
 @pytest.mark.parametrize(
     ("compiles", "when", "config", "graphs"),
     [
-        (compile_around, "before", *CROSS_ATTENTION_ONLY),
         (compile_around, "after", *CROSS_ATTENTION_ONLY),
         (compile_in_place, "before", *CROSS_ATTENTION_ONLY),
         (compile_in_place, "after", *CROSS_ATTENTION_ONLY),
