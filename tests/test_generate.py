@@ -471,5 +471,5 @@ def test_every_embedded_model_draws(name, tmp_path):
         main(["generate", PROMPTS[1], "--model", name, "--steps", "2", "--gate-step", "1", "--out", str(tmp_path)])
         == 0
     )
-    with Image.open(tmp_path / "0-a-small-green-triangle.png") as picture:
+    with Image.open(tmp_path / "0-a-small-green-triangle-on-a-white-background.png") as picture:
         assert picture.size == (64, 64)
