@@ -280,6 +280,8 @@ def test_the_frontier_by_hand():
     assert "gate step auto: the gate closed at step 5, the middle of 4 to 7" in printed
     assert "broken: RuntimeError: no" in printed
     assert REPORT.as_dict()["frontier"] == names
+    assert repr(REPORT) == "Report(sampler toy, 7 ways)"
+    assert REPORT._repr_html_().startswith("<table>")
 
 
 def test_samplers_together_by_hand():
@@ -308,6 +310,7 @@ def test_samplers_together_by_hand():
     assert papers.to_stock.high > 0 > papers.to_stock.low
     assert papers.to_papers is None
     assert "all samplers" in str(quality)
+    assert repr(quality) == "Quality(4 ways under one, two)"
     assert "all samplers" not in str(replace(quality, reports=(report,)))
 
 

@@ -107,6 +107,8 @@ def test_a_row_that_fails_says_why(few, monkeypatch, capsys):
     assert cached.speed_up is cached.pictures is None
     assert gated.speed_up is not None
     assert "cached: `DeepCache` must be installed." in str(measured)
+    assert repr(measured) == "Table(3 rows)"
+    assert measured._repr_html_().count("<table>") == 2
 
 
 @pytest.mark.parametrize(("option", "least"), [("--count", 2), ("--rounds", 1)])

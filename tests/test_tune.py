@@ -109,6 +109,8 @@ def test_where_nothing_keeps_the_budget_it_says_what_is_possible():
     )
     assert nothing.as_dict()["chosen"] is None
     assert "(at least 99 dB)" in str(tuning(psnr=99))
+    assert repr(tuning(psnr=99)) == "Tuning(4 settings tried, chosen: none)"
+    assert repr(tuning(psnr=20)) == f"Tuning(4 settings tried, chosen: {CHEAP.config})"
     assert "(at most 0.1 of the arithmetic)" in str(tuning(arithmetic=0.1))
 
 
