@@ -121,10 +121,18 @@ class Table(Shown):
         return TextTable([(*heading, "parameters, M, published", "counted"), *lines])
 
     def _measured(self) -> TextTable:
-        heading = ("measured", "speed-up, published", "at reduced size", "FID, published", "embedded model")
+        heading = (
+            "measured",
+            "settings",
+            "speed-up, published",
+            "at reduced size",
+            "FID, published",
+            "embedded model",
+        )
         lines = [
             (
                 row.published.name,
+                _settings(row.published),
                 f"{row.published_speed_up:.3f}",
                 "" if row.speed_up is None else str(row.speed_up),
                 f"{row.published.fid:.3f}",
@@ -134,6 +142,12 @@ class Table(Shown):
             for row in self.rows
         ]
         return TextTable([(*heading, "accuracy, %", "points more", "PSNR, dB"), *lines])
+
+
+def _settings(row: PublishedRow) -> str:
+    """The gate and the cache of a row; nothing for the stock pipeline."""
+    gate = [] if row.gate is None else [str(row.gate)]
+    return ", ".join([*gate, *([] if row.cache_interval is None else [f"cache_interval={row.cache_interval}"])])
 
 
 def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
