@@ -228,9 +228,9 @@ class Loop:
         elif not any(part.saved for part in run.parts.values()):
             self._warn(
                 "saved",
-                "`gate_step` should be past the steps in which the latents change their size or batch, got "
-                f"{self.config.gate_step} of {steps}: nothing that was stored fitted the steps after the gate, so the "
-                "run saved nothing. Pass a later one, or run without T-GATE.",
+                "`gate_step` should be past the steps in which the latents change their size or batch, or another "
+                f"network begins, got {self.config.gate_step} of {steps}: nothing that was stored fitted the steps "
+                "after the gate, so the run saved nothing. Pass a later one, or run without T-GATE.",
             )
         elif not run.dropped_guidance:
             self._say_what_guidance_would_save(steps)
