@@ -55,7 +55,8 @@ def test_every_contestant_is_in_the_report(name):
     failed = {row.name for row in report.rows if row.error}
     cannot = NO_UNET if name == "pixart" else set()
     assert failed - {"tgate 1.0.0"} == cannot  # that package may be there or not
-    assert repr(report) == f"Report({len(report.rows)} contestants, arithmetic {report.mac_speed_up:.3f}x less when gated)"
+    line = f"Report({len(report.rows)} contestants, arithmetic {report.mac_speed_up:.3f}x less when gated)"
+    assert repr(report) == line
     for row in report.rows:
         assert row.name in str(report)
         assert row.name in report._repr_html_()
