@@ -36,9 +36,10 @@ NOT_GATED = [name for name in ENTRIES if class_of(name) not in FAMILIES]
 
 # Those that have no cross-attention of their own, as the page says, which a test compares with the pipelines.
 _PAGE = (Path(__file__).parent.parent / "docs" / "pipelines.md").read_text()
-_SECTION = _PAGE.partition("## Gated, guidance alone")[2].partition("\n## ")[0]
+_SECTION = _PAGE.partition("## Pipelines that drop guidance alone")[2].partition("\n## ")[0]
 _NAMES = set(re.findall(r"^\| (\w+) \|", _SECTION, re.MULTILINE))
 ALONE = [name for name in GATED if class_of(name) in _NAMES]
+assert ALONE, "the page has another heading"
 # Those with a call for each branch and cross-attention of their own.
 _OTHERWISE = {
     "Cosmos2_5_TransferPipeline",  # calls a ControlNet as often

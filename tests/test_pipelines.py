@@ -220,7 +220,7 @@ def test_evaluations_and_attention_calls(name):
         assert bool(summary.notes) == (class_of(name) in NOT_COUNTED), summary.notes
         if not summary.notes:
             assert (summary.macs_saved > 0) != is_without_guidance(name, pipe)
-            assert ("guidance alone is left out" in repr(summary)) == is_alone(pipe)
+            assert ("guidance alone is left out" in str(summary)) == is_alone(pipe)
     if class_of(name) in NOT_COUNTED or is_alone(pipe):
         return
     if name in COUNTED:

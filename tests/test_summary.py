@@ -558,7 +558,7 @@ def test_a_network_that_needs_values_is_not_counted_and_all_else_is_said(part):
     assert (summary.stock_macs, summary.cost.macs) == (0, 0)
     kept = ("evaluations", "side_evaluations", "cache_bytes", "gate_closed_at", "batches")
     assert all(getattr(summary, name) == getattr(expected, name) for name in kept)
-    assert "arithmetic        not counted" in str(summary)
+    assert ["arithmetic", "not counted"] in [line.split(maxsplit=1) for line in str(summary).splitlines()]
 
 
 def test_a_layer_without_a_default_processor(monkeypatch):

@@ -57,7 +57,7 @@ def handle():
     [
         (handle, "TGate on StableDiffusionPipeline: preset looks (gate_step=0.2, look_interval=5); run none yet"),
         (lambda: TGateConfig(gate_step=0.2).schedule(10), "Schedule(gate_step=0.2): 10 steps, gate step 2"),
-        (lambda: Summary("a <setting>", notes=("a & b",)), "Summary(no run yet)"),
+        (lambda: Summary("a <setting>", known=("a & b",)), "Summary(no run yet)"),
         (lambda: Convergence(torch.ones(2, 4, 3), ("a", "b", "c"), {}), "Convergence(2 prompts, 5 steps, 3 layers)"),
         (
             lambda: Cost(macs=2 * 10**9, cross_computed=7),
