@@ -112,6 +112,8 @@ def test_looks_and_an_interval(name):
     assert sum(len(one.batches) for one in seen) == 1 + 2 * 2 + 1 + 2 + 1 + 2 + 1
 
 
+# Wan 2.2's second network has one step after its own first one, and looks in it
+@pytest.mark.filterwarnings("ignore:`gate_step` should be past the steps")
 @pytest.mark.parametrize("name", [name for name in GUIDED if name not in ONE_PICTURE_ONLY])
 def test_a_batch_of_two_is_two_runs_of_one(name):
     pipe, config = subject(name).pipe, TGateConfig(gate_step=GATE, look_interval=2)
