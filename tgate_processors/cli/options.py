@@ -212,7 +212,7 @@ def _add_table(commands: Commands) -> None:
         "Counts each row of the original's benchmark table at full size, times it at reduced size with random "
         "weights, draws held-out prompts on the embedded model of its kind, and prints it with the published figures.",
     )
-    table.add_argument("--count", type=int, default=64, help="number of prompts to draw")
+    table.add_argument("--count", type=int, default=48, help="number of prompts to draw")
     _add_seed(table)
     table.add_argument("--rounds", type=int, default=3, help="how often each row is timed")
     _add_device_and_dtype(table)
