@@ -4,9 +4,8 @@ import warnings
 from functools import partial
 from string import ascii_lowercase
 
-import diffusers
 import torch
-import transformers
+from at_hand import diffusers, transformers
 from recorded import PixelNormaliser
 from zoo import STEPS, generators, images, make, of_pictures, register, wake
 from zoo_unets import (
