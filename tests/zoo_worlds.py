@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from importlib import import_module
 from string import ascii_lowercase
 from types import SimpleNamespace
 
@@ -615,7 +616,7 @@ class Nearest:
 
 
 def cosmos_controlnet():
-    controlnet_cosmos = diffusers.models.controlnets.controlnet_cosmos
+    controlnet_cosmos = import_module("diffusers.models.controlnets.controlnet_cosmos")
     if not hasattr(controlnet_cosmos, "transforms"):
         controlnet_cosmos.transforms = Nearest
     return diffusers.CosmosControlNetModel(
