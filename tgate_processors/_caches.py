@@ -106,7 +106,7 @@ def _reset_hooks(denoiser: torch.nn.Module, *, begins: bool) -> None:
     # not by `_reset_stateful_cache`, which ends the context that the pipeline is in
     for module, hook in _hooks(denoiser):
         managers = [value for value in vars(hook).values() if isinstance(value, StateManager)]
-        contexts = [(manager, manager._context, dict(manager._state_cache)) for manager in managers]
+        contexts = [(manager, _context_of(manager), dict(manager._state_cache)) for manager in managers]
         hook.reset_state(module)
         kind = type(hook).__name__
         for manager, context, states in contexts:
@@ -118,6 +118,10 @@ def _reset_hooks(denoiser: torch.nn.Module, *, begins: bool) -> None:
                     manager._state_cache[name] = fresh
         if kind == "FasterCacheBlockHook" and hook.is_guidance_distilled and not begins:
             hook.state.iteration = hook.block_skip_range  # in the first it would skip, with nothing kept
+
+
+def _context_of(manager: StateManager) -> Any:
+    return manager._context if hasattr(manager, "_context") else manager._current_context  # before diffusers 0.42
 
 
 def _reset_dit(denoiser: Any, *, begins: bool) -> None:
