@@ -1,4 +1,4 @@
-"""diffusers and transformers as they are installed. Tests of what an older release lacks, or cannot run, are skipped."""
+"""diffusers and transformers as installed. Tests of what an older release lacks, or cannot run, are skipped."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,16 @@ from packaging.version import Version
 
 
 # The toys are built and called as this release wants it. An older one cannot run some of them, gated or not.
-IS_OLDER = Version(_diffusers.__version__) < Version("0.42")
+INSTALLED = Version(_diffusers.__version__)
+IS_OLDER = Version("0.42") > INSTALLED
+# What the toys count on, and an older release does otherwise.
+SINCE = {
+    "DiTPipeline": "0.41",  # returns tensors, if latents are asked for
+    "FluxControlNetPipeline": "0.39",  # does guidance with embeddings alone
+    "FluxImg2ImgPipeline": "0.39",  # likewise
+    "FluxInpaintPipeline": "0.39",  # likewise
+    "LDMTextToImagePipeline": "0.41",  # as DiT
+}
 
 
 class Lacking:
@@ -64,6 +73,15 @@ def skip_without(name: str) -> None:
     pytest.skip(f"diffusers {_diffusers.__version__} and transformers {_transformers.__version__} lack {name}")
 
 
+def class_named(name: str) -> Any:
+    """A pipeline class of diffusers, most of which stand at its top."""
+    sana_wm = getattr(_diffusers.pipelines, "sana_wm", None)
+    cls = getattr(_diffusers, name, None) or getattr(sana_wm, name, None)
+    if cls is None:
+        skip_without(name)
+    return cls
+
+
 def _if_it_runs(name: str, entry: Any) -> Callable[[], Any]:
     """Build the entry's pipeline, or skip the test if the older release cannot run it, which is tried once."""
 
@@ -98,7 +116,7 @@ class Entries(dict[str, Any]):
     def add(self, name: str, entry: Any, needs: str) -> None:
         """Add an entry that needs a class of diffusers."""
         assert name not in self
-        if getattr(_diffusers, needs, None) is None:
+        if getattr(_diffusers, needs, None) is None or Version(SINCE.get(needs, "0")) > INSTALLED:
             self._lacking[name] = needs
         else:
             self[name] = replace(entry, build=_if_it_runs(name, entry)) if IS_OLDER else entry

@@ -121,7 +121,7 @@ def _reset_hooks(denoiser: torch.nn.Module, *, begins: bool) -> None:
 
 
 def _context_of(manager: StateManager) -> Any:
-    return manager._context if hasattr(manager, "_context") else manager._current_context  # before diffusers 0.42
+    return manager._context if hasattr(manager, "_context") else manager._current_context  # before diffusers 0.41
 
 
 def _reset_dit(denoiser: Any, *, begins: bool) -> None:

@@ -9,6 +9,7 @@ Stops and starts as training does. It needs `peft`.
 
 import argparse
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tgate_processors.demo.world import RESOLUTION, caption, sample_scenes
 CHUNK = 64  # runs of the teacher in a file
 LATENTS = (LATENT_CHANNELS, RESOLUTION // SCALE, RESOLUTION // SCALE)
 STRIDE = 1000 // TEACHER_STEPS  # timesteps that the teacher goes at once
+USED_SETTINGS = ("peft_type", "inference_mode", "r", "lora_alpha", "target_modules")  # of the adapter
 HUBER = 1e-3  # the distance below which an error counts as its square
 
 
@@ -186,6 +188,11 @@ def save_adapter(folder: Path, network: nn.Module) -> None:
     assert isinstance(adapted, PeftModel)
     adapted.save_pretrained(str(folder))
     (folder / "README.md").unlink()  # a form to fill in
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    settings["target_modules"].sort()
+    # only the settings that are used: an older peft warns of names that it does not know
+    config.write_text(json.dumps({name: settings[name] for name in USED_SETTINGS}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
