@@ -70,7 +70,7 @@ def test_a_pipeline_that_nobody_tried_must_show_equal_halves_after_its_first_ste
 def test_an_argument_that_may_be_batched_or_not_is_never_halved():
     sample, _ = doubled(1)
     inputs = sample, {"cross_attention_kwargs": {"regions": torch.ones(2, 4)}}
-    with pytest.warns(UserWarning, match="`regions` among the attention arguments may have a row for each picture"):
+    with pytest.warns(UserWarning, match="`regions` among the attention arguments may or may not have a row"):
         assert asked(Halves("negative"), inputs, True) is False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
