@@ -142,5 +142,5 @@ def test_an_answer_for_another_batch_is_an_error():
         return outputs[0]
 
     pipe.transformer.forward = cached
-    with pytest.raises(StateError, match=r"must have a denoiser that answers with a row for each .* got 2 for 1"):
+    with pytest.raises(StateError, match=r"must have a denoiser that returns one row for each input row, got 2 for 1"):
         gated(pipe, kwargs, TGateConfig(gate_step=2))
