@@ -69,6 +69,6 @@ class Record:
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an empty tensor of the same shape on the meta device, with any floating-point type as single precision."""
+    """Return an empty tensor of the same shape on the meta device, in single precision if it is of floating point."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, device="meta", dtype=dtype)

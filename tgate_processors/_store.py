@@ -67,7 +67,7 @@ class Store:
                     stored.outputs[name] = _updated(stored.outputs.get(name, []), new)
 
     def drop(self, call: int, mode: StepMode, *, keeps_skipped: bool) -> None:
-        """Free outputs that no later call reuses. A later call reuses only outputs of a call that stores.
+        """Free outputs that no later call reuses, because the layers now compute or store again.
 
         Args:
             call: Number of the call for its timestep.
