@@ -148,8 +148,8 @@ def step_clock(pipe: Any, first: int | None) -> StepClock:
     num_timesteps = len(scheduler.timesteps)
     order = getattr(scheduler, "order", 1)
     asked = getattr(scheduler, "num_inference_steps", None) or num_timesteps
-    # The timesteps that diffusers' loops iterate over. In img2img, inpainting, or up to `denoising_end` they are a part
-    # of the scheduler's.
+    # The timesteps that diffusers' loops iterate over: in img2img, in inpainting, or up to `denoising_end`, a part of
+    # the scheduler's.
     loop = local_of(pipe, "timesteps")
     if isinstance(loop, torch.Tensor) and loop.stride() == (0,):
         loop = None  # in DiT the variable has the step's timestep for each row

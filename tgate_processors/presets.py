@@ -51,7 +51,8 @@ PRESETS = {
 }
 
 
-# Beginnings of the names of pipeline classes, without their tasks, and the preset for each. The first that fits counts.
+# How the names of pipeline classes begin, before the part that names the task, and the preset for each. The first
+# that fits counts.
 KINDS = {
     "StableDiffusion3": "other-transformer",
     "StableDiffusionLatentUpscale": "other-unet",  # it embeds its noise level as other models embed their guidance

@@ -136,7 +136,10 @@ class Run:
             part.let_go()
 
     def _check_convergence(self) -> None:
-        """Close the gate after the next step if cross-attention has converged. A watching part waits for the device."""
+        """Close the gate after the step that begins now if cross-attention has converged.
+
+        A part with watched layers waits for the device.
+        """
         converged = [part.has_converged() for part in self.parts.values()]
         if any(converged):
             self.closes_at = self.step + 1  # the step that begins now stores

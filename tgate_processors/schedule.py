@@ -99,8 +99,8 @@ class TGateConfig:
         """Raise `ConfigError` if `gate_step` is `"auto"`, which only a run can decide."""
         if self.gate_step == "auto":
             raise ConfigError(
-                '`gate_step` must be a count or a fraction where nothing is run, got "auto", which only a run decides. '
-                "Pass for example `gate_step=0.4`."
+                '`gate_step` must be a count or a fraction where nothing is run, got "auto", which only a run can '
+                "decide. Pass for example `gate_step=0.4`."
             )
 
     def schedule(self, num_inference_steps: int, *, guidance: bool = True) -> "Schedule":
@@ -146,7 +146,9 @@ def _begins_after_the_gate(guidance_start: object, gate_step: object) -> ConfigE
 
 
 class Schedule(Shown):
-    """The mode of every step of a run. It can be indexed and iterated like a tuple of `StepMode`, and prints as a table.
+    """The mode of every step of a run.
+
+    A schedule can be indexed and iterated like a tuple of `StepMode`, and prints as a table.
 
     Args:
         config: The gate's settings.
