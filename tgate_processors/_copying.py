@@ -80,7 +80,7 @@ def structural_copy(
     Args:
         network: The network, or a list or dict that holds parts of one.
         change: Makes a tensor of the copy from a tensor of the network.
-        replace: Returns the module to use instead of a module, or None to copy it.
+        replace: Returns another module to use instead of the one given, or None to copy that one.
     """
     return _Copier(change, replace).copied(network)
 

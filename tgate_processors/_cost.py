@@ -82,7 +82,7 @@ class _Profile:
     layers: dict[str, _Layer] = field(default_factory=dict)
 
     def cost(self, mode: StepMode, missed: Iterable[str] = ()) -> Cost:
-        """Return the cost of the evaluation in a mode, in which the layers in `missed` compute instead of reusing."""
+        """Return the cost of the evaluation in a mode. The layers in `missed` compute in a mode that reuses, too."""
         counted, modes = Cost(self.macs, self.linear_and_conv_macs), dict(kinds(mode))
         for name, layer in self.layers.items():
             kind = "cross" if layer.is_cross else "self"

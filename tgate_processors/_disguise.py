@@ -6,8 +6,8 @@ from typing import Any
 class Disguised(type):
     """Metaclass of classes that compare equal to the class below them.
 
-    The class below is the base that the class names in `stands_over`. This is needed because diffusers looks up
-    `type(module)` and the classes of processors in lists of known classes (`from_pipe`,
+    The class below is the base that the class names in `stands_over`. The classes compare equal because diffusers
+    looks up `type(module)` and the classes of processors in lists of known classes (`from_pipe`,
     `set_default_attn_processor`).
     """
 

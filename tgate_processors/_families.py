@@ -193,7 +193,7 @@ FAMILIES = {
 }
 
 
-# Pipelines that `apply_tgate` refuses, because the gate could leave nothing out, each with the reason.
+# Pipelines that `apply_tgate` refuses, each with the reason why the gate can leave nothing out.
 REFUSED = {
     **_named(
         "it differentiates its cross-attention maps in every step",

@@ -142,9 +142,9 @@ class _Half:
 
 
 def ambiguous_argument(inputs: Inputs, batch: int) -> str | None:
-    """Return the name of an attention argument unknown to diffusers that may be batched or not; None if all are clear.
+    """Return the name of an attention argument that may be batched or not; None if there is none.
 
-    An example is a mask for each region of the picture.
+    Only arguments that diffusers itself does not use are ambiguous, such as masks of regions for a custom processor.
     """
     for name in ATTENTION_KWARGS & inputs[1].keys():
         for key, value in (inputs[1][name] or {}).items():
@@ -214,7 +214,7 @@ def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: 
 
 
 def halves_are_equal(sample: Batch) -> bool:
-    """Return whether the two halves of a batch are equal, as guidance doubles them. Waits for the device."""
+    """Return whether the two halves of a batch are equal, as in a batch that guidance doubled. Waits for the device."""
     half, rest = divmod(len(sample), 2)
     return not rest and all(torch.equal(*pair) for pair in zip(sample[:half], sample[half:], strict=True))
 

@@ -32,7 +32,7 @@ class Installation:
         self._below: dict[str, Any] = {}  # by layer name: the processor that the gated one stands in for
 
     def install(self, *, self_attention: bool) -> None:
-        """Give each layer that this gate does not yet gate a gated processor over the one that it has.
+        """Set a gated processor, over the processor that is there, on each layer that this gate does not gate yet.
 
         Call this before each run, because `load_ip_adapter`, `fuse_qkv_projections` and others make new processors.
 
@@ -50,9 +50,10 @@ class Installation:
         self.processors = {name: p if is_of_diffusers(p) else type(p).__name__ for name, p in below.items()}
 
     def remove(self) -> None:
-        """Restore the processors that this gate and any gate no longer in use stand in for. Safe to call twice.
+        """Restore the processors that were there before the gate. Safe to call twice.
 
-        A processor that the caller or another library has set since then stays, with a warning.
+        This also replaces gated processors of gates that are no longer in use. If the caller or another library has
+        set a processor on a gated layer since, that processor stays, with a warning.
         """
         now = {name: layer.processor for name, layer in attention_layers(self._network).items()}
         foreign = [name for name, below in self._below.items() if _is_foreign(now.get(name), below)]

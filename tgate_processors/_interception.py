@@ -1,4 +1,4 @@
-"""Interception of a module's calls, outside of whatever compiles, offloads or hooks its forward.
+"""Interception of a module's calls, outside of compilation, offloading and hooks.
 
 A forward hook would be inside: `module.compile()` traces it, and it cannot leave out the forward pass. So the module
 gets a subclass of its own class with another `__call__`, as in `torch.nn.utils.parametrize` and FSDP. The subclass

@@ -31,7 +31,7 @@ from tgate_processors.schedule import TGateConfig
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 8  # in so few steps cross-attention hardly converges before the run is over
-LEAST_CALLS_WITHOUT_CALLBACK = 4  # if a step may have several calls: how many, before the callback is missed
+LEAST_CALLS_WITHOUT_CALLBACK = 4  # a step may have several calls, so fewer without the callback are no error
 
 
 class PipelineRun(Run):
@@ -153,9 +153,9 @@ class Loop:
         return self._part(run, network)
 
     def _belongs_to_another_run(self, run: PipelineRun, position: int | None) -> bool:
-        """Return whether a call cannot belong to this run, though its timestep does not tell.
+        """Return whether a call belongs to another run than this one, if no timestep assigns the call to a run.
 
-        The run is over, or it is in another thread.
+        That is so if this run is over, or is in another thread.
         """
         is_assigned = run.is_seen and position is not None
         return not is_assigned and (run.is_over or run.thread != threading.get_ident())
@@ -225,7 +225,7 @@ class Loop:
             self._move(run, run.position + 1)
 
     def _move(self, run: PipelineRun, position: int) -> None:
-        """Go to an evaluation of the run. Past the last one, warn of what the run did not save."""
+        """Go to an evaluation of the run. Past the last one, warn if the run saved little or nothing."""
         if not run.is_over:
             run.move_to(position)
             if run.is_over and not self._watches_all:
