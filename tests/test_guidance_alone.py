@@ -62,7 +62,7 @@ def test_guidance_must_begin_at_once_where_the_first_step_keeps_both_branches():
 def test_a_guider_whose_second_call_is_no_negative_branch_is_refused(guider, settings):
     pipe, _ = tiny("HunyuanVideo15Pipeline")
     pipe.register_modules(guider=getattr(diffusers.guiders, guider)(**settings))
-    with pytest.raises(ConfigError, match=f"`pipe.guider` must be a guider of two branches .* got a {guider}"):
+    with pytest.raises(ConfigError, match=f"`pipe.guider` must be a guider of two branches, .* got a {guider}"):
         apply_tgate(pipe, TGateConfig(gate_step=2))
 
 

@@ -214,7 +214,7 @@ def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: 
 
 
 def halves_are_equal(sample: Batch) -> bool:
-    """Return whether the two halves of a batch are equal, as in a batch that guidance doubled. Waits for the device."""
+    """Return whether the two halves of a batch are equal, as guidance makes them. This waits for the device."""
     half, rest = divmod(len(sample), 2)
     return not rest and all(torch.equal(*pair) for pair in zip(sample[:half], sample[half:], strict=True))
 

@@ -114,9 +114,9 @@ def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
         )
     if config.guidance_start and is_ancestral:
         warnings.warn(
-            f"`guidance_start` should be 0 with {name}, got {config.guidance_start}: its first steps decide much of "
-            "the picture. On the embedded model a later start costs 4.7 dB of likeness to the stock pictures with it, "
-            "and 0.7 dB with DPM++ 2M Karras. Compare your pictures, or leave it out.",
+            f"`guidance_start` should be 0 with {name}, got {config.guidance_start}: the first steps of this sampler "
+            "decide much of the picture. On the embedded model a later start costs 4.7 dB of likeness to the stock "
+            "pictures, and only 0.7 dB under DPM++ 2M Karras. Compare your pictures, or leave it out.",
             stacklevel=3,
         )
 
@@ -301,8 +301,8 @@ class TGate(Shown, NotTheLoop):
     def remove(self) -> None:
         """Detach the gate. The pipeline has its own processor objects again, and calls are no longer intercepted.
 
-        It is safe to call this twice. A processor that you or another library have set since `apply_tgate` stays,
-        with a warning.
+        It is safe to call this twice. A processor that you or another library has set since `apply_tgate` stays, with
+        a warning.
         """
         self._loop.stop()
         for network in self._loop.networks:

@@ -52,7 +52,7 @@ def TgateSDDeepCacheLoader(
     num_inference_steps: int | None = None,
     lcm: bool = False,
 ) -> Any:
-    """Do what `TgateSDLoader` does, with DeepCache enabled in every `pipe.tgate(...)`. `pipe(...)` has no DeepCache.
+    """Do what `TgateSDLoader` does, with DeepCache enabled in every `pipe.tgate(...)`, but not in `pipe(...)`.
 
     Args:
         pipe: A Stable Diffusion or SDXL pipeline.

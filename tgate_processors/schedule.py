@@ -203,7 +203,7 @@ class Schedule(Shown):
     def _mode(self, step: int, num_inference_steps: int) -> StepMode:
         if step < self.guidance_start and self.guidance:
             return StepMode.UNGUIDED
-        # Store only what the next step reuses. If the next step does not reuse, it stores again itself.
+        # A step stores only what the next step reuses. So the last step stores nothing.
         is_last = step + 1 == num_inference_steps
         self_attention = AttentionMode.COMPUTE
         if self._reuses_self(step):
