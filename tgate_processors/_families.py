@@ -201,7 +201,7 @@ REFUSED = {
         StableDiffusionAttendAndExcitePipeline StableDiffusionPix2PixZeroPipeline
         """,
     ),
-    "StableDiffusionPanoramaPipeline": "in each step it evaluates the denoiser for one view after the other",
+    "StableDiffusionPanoramaPipeline": "it evaluates the denoiser for one view after the other in each step",
     "StableDiffusionParadigmsPipeline": "it denoises many steps in one batch",
     "StableDiffusionSAGPipeline": "it evaluates the denoiser again on a blurred picture in every step",
     **_named(
