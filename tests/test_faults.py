@@ -831,7 +831,7 @@ def test_a_denoiser_that_is_replaced_while_gated(name):
     tgate = apply_tgate(pipe, CONFIG)
     setattr(pipe, part, denoisers_of(build(name))[0])
     if takes_callback(pipe):
-        with pytest.raises(StateError, match="or the pipeline has another denoiser now, apply again"):
+        with pytest.raises(StateError, match="or the pipeline has another denoiser now, call `apply_tgate` again"):
             pipe(**call(name), callback_on_step_end=tgate)
     else:
         pipe(**call(name))
