@@ -376,7 +376,8 @@ def _require_no_code(folder: Path) -> None:
     files += [folder / name / f"{part[0]}.py" for name, part in parts.items() if isinstance(part, list)]
     for file in filter(Path.is_file, files):
         raise ConfigError(
-            f"`--trust-remote-code` must be given for a model that brings its own code, got {str(file)!r}. Read it first."
+            f"`--trust-remote-code` must be given for a model that brings its own code, got {str(file)!r}. "
+            "Read the file first."
         )
 
 
