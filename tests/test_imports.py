@@ -22,6 +22,8 @@ ORDER = [
     "_guidance",
     "_record",
     "_store",
+    "_run_state",
+    "_part",
     "run",
     "gate",
     "_layers",

@@ -13,7 +13,8 @@ from tgate_processors._clock import StepClock
 from tgate_processors._guidance import Calls, Halves
 from tgate_processors._interception import interceptor_of
 from tgate_processors._network import GatedNetwork
-from tgate_processors.run import Part, Run
+from tgate_processors._part import Part
+from tgate_processors.run import Run
 
 
 STEPS = 4

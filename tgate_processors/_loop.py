@@ -23,9 +23,10 @@ from tgate_processors._families import Guidance
 from tgate_processors._guidance import Calls, Halves, Lists, Whole
 from tgate_processors._layers import cross_attention_layers
 from tgate_processors._network import GatedNetwork
+from tgate_processors._part import OtherCache, Part
 from tgate_processors._watch import watched_layers
 from tgate_processors.errors import StateError, UnsupportedPipelineError
-from tgate_processors.run import OtherCache, Part, Run
+from tgate_processors.run import Run
 from tgate_processors.schedule import TGateConfig
 
 

@@ -13,7 +13,7 @@ from tgate_processors._folding import Inputs, timestep_of
 from tgate_processors._gated_layers import GatedLayers, Taken
 from tgate_processors._installation import Installation
 from tgate_processors._interception import intercept, interceptor_of, release
-from tgate_processors.run import Call, Part
+from tgate_processors._part import Call, Part
 
 
 class EvaluatesNetworks(Protocol):

@@ -7,10 +7,11 @@ from torch import Tensor
 from tgate_processors._clock import StepClock
 from tgate_processors._gated_layers import GatedLayers
 from tgate_processors._guidance import Halves, Whole
+from tgate_processors._part import Call, Part
 from tgate_processors._validation import require_whole
 from tgate_processors._watch import watched_layers
 from tgate_processors.errors import ConfigError, StateError
-from tgate_processors.run import Call, Part, Run
+from tgate_processors.run import Run
 from tgate_processors.schedule import TGateConfig
 
 

@@ -14,9 +14,9 @@ from tgate_processors._cost import Cost, NetworkCost
 from tgate_processors._layers import attention_layers
 from tgate_processors._loop import Loop, PipelineRun
 from tgate_processors._modes import Phase
+from tgate_processors._part import Part
 from tgate_processors._record import Evaluation
 from tgate_processors._tables import Shown, Table
-from tgate_processors.run import Part
 from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
 
 
