@@ -37,6 +37,7 @@ ORDER = [
     "_deepcache",
     "_caches",
     "_pipelines",
+    "_advice",
     "_loop",
     "_copying",
     "_cost",

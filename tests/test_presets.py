@@ -275,7 +275,7 @@ def test_a_gate_that_closed_and_saved_nothing_is_said_once():
 
 
 def test_few_steps_are_said_once_to_gain_little(caplog):
-    _loop._say_that_few_steps_gain_little.cache_clear()
+    _advice._say_that_few_steps_gain_little.cache_clear()
     subject = tiny("lcm-sdxl")
     with apply_tgate(subject.pipe, TGateConfig(gate_step=2)) as tgate, caplog.at_level(logging.WARNING):
         subject(tgate, num_inference_steps=9)
@@ -294,7 +294,7 @@ def test_few_steps_are_said_once_to_gain_little(caplog):
     ],
 )
 def test_few_steps_are_not_said_to_gain_little_where_that_is_not_the_matter(config, caplog):
-    _loop._say_that_few_steps_gain_little.cache_clear()
+    _advice._say_that_few_steps_gain_little.cache_clear()
     subject = tiny("lcm-sdxl")
     with apply_tgate(subject.pipe, config) as tgate, caplog.at_level(logging.WARNING):
         subject(tgate, num_inference_steps=4)
@@ -302,7 +302,7 @@ def test_few_steps_are_not_said_to_gain_little_where_that_is_not_the_matter(conf
 
 
 def test_few_steps_with_guidance_that_is_kept_are_not_told_that_there_is_none(caplog):
-    _loop._say_that_few_steps_gain_little.cache_clear()
+    _advice._say_that_few_steps_gain_little.cache_clear()
     entry = ENTRIES["StableDiffusionPAGPipeline"]
     pipe = seeded(entry.build)
     with apply_tgate(pipe) as tgate, caplog.at_level(logging.WARNING):
@@ -313,7 +313,7 @@ def test_few_steps_with_guidance_that_is_kept_are_not_told_that_there_is_none(ca
 
 @pytest.mark.parametrize("family", ["sd", "pixart-alpha"])
 def test_few_steps_with_guidance_save_as_many_do(family, caplog):
-    _loop._say_that_few_steps_gain_little.cache_clear()
+    _advice._say_that_few_steps_gain_little.cache_clear()
     subject = tiny(family)
     with apply_tgate(subject.pipe, TGateConfig(gate_step=2)) as tgate, caplog.at_level(logging.WARNING):
         subject(tgate, num_inference_steps=4)

@@ -5,17 +5,15 @@ pipelines convert the timestep before it reaches the network, and more do so in 
 variable `t` or `timestep` tells them; failing that, the callback or the count of evaluations.
 """
 
-import functools
-import logging
 import threading
 import warnings
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from tgate_processors import _pipelines as pipelines
+from tgate_processors._advice import Advice, advice_after_run
 from tgate_processors._caches import caches_of, check_drops_no_guidance
 from tgate_processors._callers import local_of
 from tgate_processors._deepcache import DeepFeatures
@@ -30,8 +28,6 @@ from tgate_processors.run import Run
 from tgate_processors.schedule import TGateConfig
 
 
-logger = logging.getLogger(__name__)
-FEW_STEPS = 8  # in so few steps cross-attention hardly converges before the run is over
 LEAST_CALLS_WITHOUT_CALLBACK = 4  # a step may have several calls, so fewer without the callback are no error
 
 
@@ -87,7 +83,7 @@ class Loop:
         self._takes_callback = pipelines.takes_callback(pipe)
         self.deepcache = deepcache
         self._watches_all = watches_all
-        self._warned: set[str] = set()  # arguments that a warning has named
+        self._warned: set[str] = set()  # kinds of advice that were given
         self._overtaken: dict[int, Any] = {}  # by thread: timesteps of its run that another thread's run has ended
 
     @property
@@ -230,58 +226,7 @@ class Loop:
         if not run.is_over:
             run.move_to(position)
             if run.is_over and not self._watches_all:
-                self._warn_if_nothing_was_saved(run)
-
-    def _warn_if_nothing_was_saved(self, run: PipelineRun) -> None:
-        """Warn if a completed run saved nothing, or dropped no guidance.
-
-        A run that failed or was cancelled does not come here, because it might have saved something later.
-        """
-        steps = run.clock.num_steps
-        if run.gate_step >= steps:
-            self._warn("gate_step", self._never_closed_message(steps))
-        elif self.drops_guidance_alone:
-            if not run.dropped_guidance:
-                self._warn(
-                    "guidance",
-                    f"`pipe` should do guidance in this run, got none from the {type(self.pipe).__name__}: the gate "
-                    "could leave out nothing else, so it did nothing. Turn guidance on, or run without T-GATE.",
-                )
-        elif not any(part.saved for part in run.parts.values()):
-            self._warn(
-                "saved",
-                "`gate_step` should be past the steps in which the latents change their size or batch, or another "
-                f"network begins, got {self.config.gate_step} of {steps}: no stored output fitted the steps after the "
-                "gate, so the run saved nothing. Pass a later step, or run without T-GATE.",
-            )
-        elif not run.dropped_guidance:
-            self._warn_of_no_guidance(steps)
-
-    def _never_closed_message(self, steps: int) -> str:
-        if self.config.gate_step == "auto":
-            last = f" (it changed by {fmean(self.changes[-1]):.3f} in the last step)" if self.changes else ""
-            return (
-                f'`gate_step` should be a count or a fraction for this run of {steps} steps, got "auto": the gate '
-                f"never closed. Cross-attention had not converged{last}, and `tolerance` is "
-                f"{self.config.tolerance:g}. Pass `gate_step=0.4`, or a larger `tolerance`."
-            )
-        advice = "Pass `gate_step=0.4` for two fifths of the steps" if steps > 1 else "Take more steps"
-        return (
-            f"`gate_step` should be below the number of steps, got {self.config.gate_step} of {steps}: the gate never "
-            f"closed. {advice}, or run without T-GATE."
-        )
-
-    def _warn_of_no_guidance(self, steps: int) -> None:
-        """Warn if few steps or looks are of little use, in a run that dropped no guidance."""
-        does_guidance = self._family.guidance is Guidance.PARTS or self.does_guidance()
-        if steps <= FEW_STEPS and not does_guidance and not self.reuses_self_attention:
-            _say_that_few_steps_gain_little()
-        if self.config.look_interval is not None:
-            self._warn(
-                "look_interval",
-                f"`look_interval` should be None for a run that drops no guidance, got {self.config.look_interval}: "
-                "there is none to keep between looks. Leave it out.",
-            )
+                self._warn_of(advice_after_run(run, self.pipe, self.changes))
 
     def end_step(self, step_index: int, timestep: Any) -> None:
         """Note the pipeline's callback after a step, and move the run on.
@@ -348,11 +293,12 @@ class Loop:
                 "converts its timesteps before they reach the denoiser. Run it without T-GATE."
             )
 
-    def _warn(self, argument: str, message: str) -> None:
-        """Warn, at most once for each argument."""
-        if argument not in self._warned:
-            self._warned.add(argument)
-            warnings.warn(message, stacklevel=2)
+    def _warn_of(self, advice: Iterator[Advice]) -> None:
+        """Warn, at most once for each kind of advice."""
+        for kind, message in advice:
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(message, stacklevel=2)
 
     def _part(self, run: PipelineRun, network: GatedNetwork) -> Part:
         part = run.parts.get(network.layers)
@@ -418,17 +364,6 @@ class Loop:
             "scheduler of its own: `type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config("
             "pipe.scheduler.config))`."
         )
-
-
-@functools.cache
-def _say_that_few_steps_gain_little() -> None:
-    """Log a warning, once in a process."""
-    logger.warning(
-        "a run of %d steps or fewer that drops no guidance gains little from T-GATE: for latent-consistency models in "
-        "4 steps, its authors report a speed-up of 1.04 to 1.08. On the embedded models, a gate at step 1 of 4 costs "
-        "8 points of accuracy (UNet) and 56 (PixArt). `summary()` says what your run saves.",
-        FEW_STEPS,
-    )
 
 
 def position_in(timestep: Any, timesteps: Any) -> int | None:

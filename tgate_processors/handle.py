@@ -9,6 +9,7 @@ import torch
 from diffusers import ModularPipeline
 
 from tgate_processors import _pipelines as pipelines
+from tgate_processors._advice import advice_on_settings
 from tgate_processors._caches import check_drops_no_guidance
 from tgate_processors._callers import NotTheLoop
 from tgate_processors._deepcache import is_enabled
@@ -68,7 +69,8 @@ def apply_tgate(
             "halves, the gate takes it for `[negative, positive]`. Compare its pictures with the stock pipeline's.",
             stacklevel=2,
         )
-    _warn_of_costs(pipe, settings)
+    for advice in advice_on_settings(pipe, settings):
+        warnings.warn(advice, stacklevel=2)
     return TGate(Loop(pipe, settings, deepcache=deepcache), callback_on_step_end, preset)
 
 
@@ -80,45 +82,6 @@ def _preset_of(pipe: Any, config: object) -> str | None:
         pipelines.check_is_not_refused(pipe)
         return suitable_preset(pipe, pipelines.denoisers_of(pipe)[0])
     return None
-
-
-def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
-    """Warn of settings that cost more with this sampler or kind of network than with others, as measured."""
-    scheduler = getattr(pipe, "scheduler", None)
-    name = type(scheduler).__name__
-    drops_half = pipelines.family_of(pipe).guidance.has_halves
-    settings = getattr(scheduler, "config", None)
-    is_sde = "sde" in str(getattr(settings, "algorithm_type", ""))
-    if drops_half and is_sde and config.look_interval is None:
-        warnings.warn(
-            f"`look_interval` should be given with an SDE sampler such as this {name}, got None: on the embedded "
-            "model the gate without looks loses a tenth of the pictures with such a sampler, and with looks none. "
-            'Pass for example `preset("looks")`.',
-            stacklevel=3,
-        )
-    is_ancestral = name == "EulerAncestralDiscreteScheduler"
-    is_karras = name == "DPMSolverMultistepScheduler" and getattr(settings, "use_karras_sigmas", False)
-    if config.gate_step == "auto" and (is_ancestral or is_karras):
-        warnings.warn(
-            f'`gate_step` should be a count or a fraction with this {name}, got "auto": its tolerance was found under '
-            "DDIM. On the embedded model the gate closes too early under DPM++ 2M Karras, which costs 8 pictures in "
-            '100, and hardly ever closes under Euler ancestral. Pass `gate_step=0.4`, or `preset("looks")`.',
-            stacklevel=3,
-        )
-    if config.gate_step == "auto" and not hasattr(pipe, "unet"):
-        warnings.warn(
-            f"`gate_step` should be a count or a fraction for a transformer, as {type(pipe).__name__} has, got "
-            '"auto": its tolerance was found on a UNet. On the embedded PixArt it suggests step 7 of 25, where the '
-            "gate loses a third of the pictures. Pass `gate_step=0.6`.",
-            stacklevel=3,
-        )
-    if config.guidance_start and is_ancestral:
-        warnings.warn(
-            f"`guidance_start` should be 0 with {name}, got {config.guidance_start}: the first steps of this sampler "
-            "decide much of the picture. On the embedded model a later start costs 4.7 dB of likeness to the stock "
-            "pictures, and only 0.7 dB under DPM++ 2M Karras. Compare your pictures, or leave it out.",
-            stacklevel=3,
-        )
 
 
 def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> None:
