@@ -330,7 +330,7 @@ def test_the_command_ends_with_what_is_done(few, monkeypatch, tmp_path, capsys):
     record = json.loads(said.out)
     assert record["chosen"]["python"] == "tgate = apply_tgate(pipe, TGateConfig(gate_step=4))"
     assert record["settings"]["interrupted"] is True
-    assert "tgate-processors tune: interrupted: this is of what was done" in said.err
+    assert "tgate-processors tune: interrupted: the report covers what was done until then" in said.err
 
 
 @pytest.mark.parametrize(
