@@ -152,8 +152,9 @@ def _add_generate(commands: Commands) -> None:
         commands,
         "generate",
         "draw many prompts into a folder",
-        "Draws every prompt with the gated pipeline. If you run it again, it draws only the pictures that are missing. "
-        "Under `accelerate launch --num_processes N -m tgate_processors generate ...` the processes share the prompts.",
+        "Draws every prompt with the gated pipeline. If you run it again, it draws only the pictures that are "
+        "missing. Under `accelerate launch --num_processes N -m tgate_processors generate ...` the processes share "
+        "the prompts.",
     )
     _add_pipeline(generate)
     _add_seed_and_steps(generate)
