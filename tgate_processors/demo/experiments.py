@@ -1,9 +1,9 @@
 """Try variants of the gate that may keep more accuracy: `python -m tgate_processors.demo.experiments`.
 
 They run in a denoising loop of this module, on the embedded Stable Diffusion, so that a variant can store any output
-and guide in any way. Each variant evaluates both branches in nine of twenty-five steps, or in eight where its name says
-so, and one branch in the others. So each does about 1.5 times less arithmetic than stock. Each starts from the stock
-run's latents at its gate. docs/quality.md has the results.
+and guide in any way. Each variant evaluates both branches in nine of twenty-five steps (or in eight, where its name
+says so) and one branch in the others. So each does about 1.5 times less arithmetic than stock. Each starts from the
+stock run's latents before its gate. docs/quality.md has the results.
 """
 
 import argparse

@@ -135,23 +135,23 @@ def _draw(
     """Draw the rows with the embedded models. Rows with equal settings on the same model are drawn once."""
     drawn: dict[Any, Tensor] = {}
     with tqdm(
-        total=len({_drawing_of(row) for row in PUBLISHED}) * len(scenes),
+        total=len({_drawing_key(row) for row in PUBLISHED}) * len(scenes),
         desc="drawing",
         unit="picture",
         leave=False,
         disable=None,
     ) as bar:
         for row in PUBLISHED:
-            if _drawing_of(row) not in drawn:
+            if _drawing_key(row) not in drawn:
                 try:
-                    drawn[_drawing_of(row)] = _drawn(pipes[KINDS[row.model]], row, scenes, seed, bar)
+                    drawn[_drawing_key(row)] = _drawn(pipes[KINDS[row.model]], row, scenes, seed, bar)
                 except Exception as error:  # DeepCache may be missing or fail; the other rows are still drawn
                     errors[row] = said_of(error)
                     continue
-            pictures[row] = _compared(drawn[_drawing_of(row)], drawn.get(_drawing_of(base_of(row))), scenes)
+            pictures[row] = _compared(drawn[_drawing_key(row)], drawn.get(_drawing_key(base_of(row))), scenes)
 
 
-def _drawing_of(row: PublishedRow) -> Any:
+def _drawing_key(row: PublishedRow) -> Any:
     return KINDS[row.model], row.gate, row.cache_interval
 
 

@@ -18,7 +18,7 @@ Published: READMEs of tgate 0.1.2 and, for the last four rows, of 1.0.0, which m
 Speed-ups, points and PSNR compare a row with the row without T-GATE; DeepCache (SD-XL) is compared with SD-XL.
 Accuracy is the share of pictures that show all that their prompts say.
 The DeepCache rows were published for DeepCache's own SDXL pipeline, with guidance through step 12. Its shallow steps
-cost more than those of DeepCache's helper for stock pipelines (127.9 against 49.0 GMACs). This table counts the helper,
+cost more than those of DeepCache's helper for stock pipelines (127.9 against 49.0 GMACs). The table counts the helper,
 with the gate at step 10."""
 
 
@@ -28,8 +28,8 @@ class Pictures:
 
     Args:
         accuracy: Share of pictures that show all that their prompts say.
-        to_base: Accuracy minus that of the row without T-GATE, paired by prompt. None if this is that row.
-        psnr: Likeness to the pictures of the row without T-GATE, in dB. None if this is that row.
+        to_base: Accuracy minus that of the row that this one is compared with, paired by prompt. None if it has none.
+        psnr: Likeness to the pictures of the row that this one is compared with, in dB. None if it has none.
     """
 
     accuracy: Estimate
@@ -162,7 +162,7 @@ def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
 
 
 def plot_table(table: Table, path: Path) -> None:
-    """Plot arithmetic, speed-up and accuracy of every row, side by side, into a picture with its own legend.
+    """Plot arithmetic, speed-up and accuracy of every row, side by side, to a file.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.
