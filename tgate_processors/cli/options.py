@@ -33,7 +33,7 @@ examples:
   tgate-processors generate --model FOLDER --prompts FILE        draw many prompts, and resume where it stopped
   tgate-processors explore                                       serve a page with the gate's settings as sliders
 
-`tgate-processors COMMAND --help` lists the options of a command. Without `--model` a command takes an embedded model.
+`tgate-processors COMMAND --help` lists the options of a command. The default model is an embedded Stable Diffusion.
 exit codes: 0 done; 1 something is missing, or cannot be read or written; 2 a bad argument; 130 interrupted by Ctrl-C.
 A command that is interrupted reports what it has done, or leaves it in its files."""
 

@@ -32,7 +32,7 @@ class Way:
         on: Context manager that applies the method to a pipeline, and yields the arguments of the call to change.
         gate_step: Gate step, if the method is the plain gate of the papers. The report fits a curve through these.
         is_extra: Whether the method runs only if it is named.
-        is_alone: Whether each picture needs a call of its own, because a gate that closes itself watches a whole batch.
+        is_alone: Whether each picture needs its own call, because a gate that closes itself watches a whole batch.
     """
 
     name: str
