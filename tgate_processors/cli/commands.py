@@ -296,7 +296,7 @@ def _print(result: Any, options: Options) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace infinite numbers by None, since JSON has none.
+    """Replace numbers that are not finite by None, since JSON has none.
 
     The likeness of equal pictures is infinite, and so is the interval of a single picture.
     """

@@ -58,7 +58,7 @@ class LastLooks:
 
 
 class Fading(LastLooks):
-    """Multiplies the last look's guidance by a constant for each step since."""
+    """Keeper that multiplies the last look's guidance by a constant for each step since."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Fading(LastLooks):
 
 
 class ByFrequency(LastLooks):
-    """Lets low frequencies of guidance fade and keeps high ones, with the weights of FasterCache."""
+    """Keeper that lets low frequencies of guidance fade and keeps high ones, with the weights of FasterCache."""
 
     def at(self, step: int) -> Tensor:
         seen, guidance = self.looks[-1]
@@ -84,7 +84,7 @@ class ByFrequency(LastLooks):
 
 
 class Measured:
-    """Lets guidance fade as fast as it did between the last two looks, as the library does."""
+    """Keeper that lets guidance fade as fast as it did between the last two looks, as the library does."""
 
     def __init__(self) -> None:
         self.kept = KeptGuidance()

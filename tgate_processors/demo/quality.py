@@ -112,6 +112,6 @@ class Latents(torch.nn.Module):
         self.vae = copy.deepcopy(vae).float().cpu()  # on the pictures' device; the pipeline may have less precision
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """`(count, 3, height, width)` in 0..1 -> `(count, 64)`."""
+        """Return the features of pictures `(count, 3, height, width)` in 0..1 -> `(count, 64)`."""
         means = [self.vae.encode(part * 2 - 1).latent_dist.mean for part in torch.split(pictures, BATCH)]
         return torch.nn.functional.adaptive_avg_pool2d(torch.cat(means), 4).flatten(1)

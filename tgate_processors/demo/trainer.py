@@ -94,7 +94,7 @@ class Trainer:
             group["lr"] = self.settings.rate(self.step)
         loss = self.loss(self.step, step_generator(self.settings.seed, self.checkpoint.stem, self.step))
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # of torch
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         _share_gradients(self.network)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()

@@ -155,7 +155,7 @@ class _Clock:
 
     def mark(self) -> None:
         if self.device.startswith("cuda"):
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # of torch
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped in torch
             event.record()
             self.marks.append(event)
         else:

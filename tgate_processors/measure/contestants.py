@@ -101,7 +101,7 @@ def surgical_limit(rig: Rig, compiles: bool) -> Run:
     """
     planning, fidelity = (denoisers_of(rig.pipeline())[0] for _ in range(2))
     for layer in cross_attention_layers(fidelity).values():
-        layer.set_processor(_StoredOutput())  # type: ignore[operator]  # of diffusers' layers
+        layer.set_processor(_StoredOutput())  # type: ignore[operator]  # untyped in diffusers
     if compiles:
         planning.compile(fullgraph=True)
         fidelity.compile(fullgraph=True)

@@ -179,7 +179,7 @@ def measure_convergence(
     """
     require_prompts(prompts)
     config = TGateConfig(gate_step="auto")
-    config.schedule(num_inference_steps)  # says if these are too few
+    config.schedule(num_inference_steps)  # raises if these are too few
     kwargs: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "latent"} | call_kwargs
     changes: list[list[list[float]]] = []
     settings = described(pipe, call_kwargs) | {"num_inference_steps": num_inference_steps, "seed": seed}

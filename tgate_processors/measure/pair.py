@@ -44,7 +44,7 @@ class Asked:
     seed: int = 0
 
 
-@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
+@dataclass(frozen=True, eq=False)  # `==` of tensors gives no single truth value
 class Stock:
     """Run of the stock pipeline.
 

@@ -82,10 +82,10 @@ def _counting(denoisers: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
     counter = FlopCounterMode(display=False)
 
     def begin(*_: Any) -> None:
-        counter.__enter__()  # type: ignore[no-untyped-call]  # of torch
+        counter.__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def end(*_: Any) -> None:
-        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
+        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in torch
         counted.append(counter.get_total_flops() // 2)
 
     hooks = [denoiser.register_forward_pre_hook(begin) for denoiser in denoisers]

@@ -78,7 +78,7 @@ class _DropsGuidance:
         self.evaluations = 0
 
     # not recursive, so that `torch.compile` of the denoiser still compiles what `forward` calls
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # untyped in torch
     def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = self.evaluations % len(self.scheduler.timesteps)
         self.evaluations += 1
@@ -88,8 +88,8 @@ class _DropsGuidance:
         return _double(forward(*args, **kwargs))
 
 
-_take_half = torch.compiler.disable(take_half)  # type: ignore[no-untyped-call]  # of torch
-_double = torch.compiler.disable(double)  # type: ignore[no-untyped-call]  # of torch
+_take_half = torch.compiler.disable(take_half)  # type: ignore[no-untyped-call]  # untyped in torch
+_double = torch.compiler.disable(double)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def dropping_guidance(gate_step: int, *, first: bool = False) -> Way:
