@@ -40,7 +40,7 @@ A command that is interrupted reports what it has done, or leaves it in its file
 EMBEDDED = "sd, lcm, pixart or pixart-lcm"  # written out, because a help text must not import the models' module
 GUIDANCE_SCALE = "scale of classifier-free guidance (default: the pipeline's own)"
 DTYPES = ("float32", "float16", "bfloat16")
-# options of Python arguments with another name
+# options whose names differ from those of the Python arguments
 RENAMED = {"num_inference_steps": "steps", "guidance": "guidance_scale", "pipe": "model"}
 WORDS = ("prompt", "prompts", "text")  # Python arguments that the command takes as `PROMPT`
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
