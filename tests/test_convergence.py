@@ -133,7 +133,7 @@ def test_calibrate(tmp_path, capsys):
     convergence = Convergence.load(out)
     gate_step = convergence.gate_step(0.2)
     assert gate_step < 10
-    assert f"gate step {gate_step} of 10: the median of 2 prompts, " in printed
+    assert f"gate step {gate_step} of 10: the median of 2 prompts (" in printed
     assert f"TGateConfig(gate_step={gate_step})" in printed
     assert picture.is_file()
     assert main([*arguments, "--json"]) == 0

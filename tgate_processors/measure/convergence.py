@@ -233,8 +233,8 @@ class Suggestion:
             )
         return (
             f"change of cross-attention since the step before, from step 1 on:\n{changes}\n"
-            f"gate step {self.gate_step} of {self.num_inference_steps}: the median of {len(self.gate_steps)} prompts, "
-            f"{min(self.gate_steps)} to {max(self.gate_steps)}, with tolerance {self.tolerance:g}\n"
+            f"gate step {self.gate_step} of {self.num_inference_steps}: the median of {len(self.gate_steps)} prompts "
+            f"({min(self.gate_steps)} to {max(self.gate_steps)}), with tolerance {self.tolerance:g}\n"
             f"saves {self.macs_saved:.1%} of the arithmetic, {1 / (1 - self.macs_saved):.2f}x less\n"
             f"use TGateConfig(gate_step={self.gate_step}), or let each run decide: "
             f'TGateConfig(gate_step="auto", tolerance={self.tolerance:g})'
