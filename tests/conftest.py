@@ -1,7 +1,7 @@
 import os
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use the network
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Where tests share the pipeline of an entry, its `subject`, those of one entry follow one another."""
+    """Sort the tests that share an entry's pipeline, their fixture `subject`, so that they follow one another."""
     files = {path: at for at, path in enumerate(dict.fromkeys(item.path for item in items))}
 
     def place(item):

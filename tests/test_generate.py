@@ -8,14 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
-import diffusers
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tgate_processors import ConfigError, __version__
+from tgate_processors import ConfigError
 from tgate_processors.cli import generate as generate_module
 from tgate_processors.cli import main
 from tgate_processors.cli.generate import read_prompts
@@ -133,7 +133,7 @@ def test_all_that_made_a_picture_is_in_it(folder):
         "steps": 3,
         "guidance_scale": 5.0,
         "size": [64, 64],
-        "versions": {"tgate-processors": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {name: metadata.version(name) for name in ("tgate-processors", "torch", "diffusers")},
         "gate_step": 2,
         "sp_interval": 1,
         "fi_interval": 1,

@@ -62,7 +62,7 @@ def test_guidance_must_begin_at_once_where_the_first_step_keeps_both_branches():
 def test_a_guider_whose_second_call_is_no_negative_branch_is_refused(guider, settings):
     pipe, _ = tiny("HunyuanVideo15Pipeline")
     pipe.register_modules(guider=getattr(diffusers.guiders, guider)(**settings))
-    with pytest.raises(ConfigError, match=f"`pipe.guider` must be a guider of two branches .* got a {guider}"):
+    with pytest.raises(ConfigError, match=f"`pipe.guider` must be a guider of two branches, .* got a {guider}"):
         apply_tgate(pipe, TGateConfig(gate_step=2))
 
 
@@ -142,5 +142,5 @@ def test_an_answer_for_another_batch_is_an_error():
         return outputs[0]
 
     pipe.transformer.forward = cached
-    with pytest.raises(StateError, match=r"must have a denoiser that answers with a row for each .* got 2 for 1"):
+    with pytest.raises(StateError, match=r"must have a denoiser that returns one row for each input row, got 2 for 1"):
         gated(pipe, kwargs, TGateConfig(gate_step=2))

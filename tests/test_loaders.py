@@ -284,7 +284,7 @@ def test_a_gate_past_the_run_is_said():
 def test_a_callback_that_the_pipeline_would_swallow():
     subject = tiny("pixart-alpha")
     pipe = tg.TgatePixArtLoader(subject.pipe, gate_step=2)
-    with pytest.raises(ConfigError, match="must be left out, since PixArtAlphaPipeline calls none"):
+    with pytest.raises(ConfigError, match="must be left out, since PixArtAlphaPipeline takes none"):
         pipe.tgate(**subject.kwargs(), callback_on_step_end=lambda *_: {})
 
 

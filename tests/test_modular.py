@@ -130,7 +130,7 @@ def test_a_guider_of_other_predictions_is_refused():
     """Its second call is no negative branch."""
     pipe = tiny(SDXL)
     pipe.update_components(guider=diffusers.guiders.PerturbedAttentionGuidance(perturbed_guidance_layers=[0]))
-    with pytest.raises(ConfigError, match=r"`pipe.guider` must be a guider of two branches .* PerturbedAttention"):
+    with pytest.raises(ConfigError, match=r"`pipe.guider` must be a guider of two branches, .* PerturbedAttention"):
         apply_tgate(pipe, TGateConfig(gate_step=GATE))
 
 

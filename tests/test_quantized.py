@@ -7,6 +7,7 @@ from functools import cache, partial
 import every  # noqa: F401  # registers its pipelines
 import pytest
 import torch
+from at_hand import IS_OLDER
 from diffusers import BitsAndBytesConfig, GGUFQuantizationConfig, QuantoConfig, TorchAoConfig
 from diffusers.models.model_loading_utils import load_gguf_checkpoint
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
@@ -58,7 +59,13 @@ def loaded(network, folder, config, **how):
 
 
 def torchao(kind, network, folder):
-    return loaded(network, folder, TorchAoConfig(getattr(pytest.importorskip("torchao.quantization"), kind)()))
+    quantize = getattr(pytest.importorskip("torchao.quantization"), kind)
+    try:
+        return loaded(network, folder, TorchAoConfig(quantize()))
+    except RuntimeError as error:
+        if "requires a CUDA" in str(error):  # older ones
+            pytest.skip(str(error))
+        raise
 
 
 def quanto(network, folder):
@@ -78,6 +85,8 @@ def bitsandbytes(settings, network, folder):
 def gguf(kind, network, folder):
     """From a file, as diffusers loads it; PixArt cannot be loaded from one, and is given the same layers."""
     package = pytest.importorskip("gguf")
+    if IS_OLDER and type(network).__name__ == "WanTransformer3DModel":
+        pytest.skip("an older diffusers casts its timesteps to the type of the packed weights")
     layers = pytest.importorskip("diffusers.quantizers.gguf.utils")  # which imports it
     path, kind = folder / "network.gguf", package.GGMLQuantizationType[kind]
     linear = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}

@@ -180,7 +180,7 @@ def test_a_denoiser_put_in_later_is_an_error():
     subject = tiny("sd")
     tgate = apply_tgate(subject.pipe, CONFIG)
     subject.pipe.unet = tiny("sd").pipe.unet
-    with pytest.raises(StateError, match="or the pipeline has another denoiser now, apply again"):
+    with pytest.raises(StateError, match="or the pipeline has another denoiser now, call `apply_tgate` again"):
         subject(tgate)
 
 

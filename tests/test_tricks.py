@@ -362,12 +362,12 @@ def test_token_merging_around_cross_attention_is_refused():
     """Which tokens are merged changes from step to step, so what is stored fits no later step."""
     pipe, kwargs = tiny()
     tomesd.apply_patch(pipe, ratio=0.5, merge_crossattn=True)
-    with pytest.raises(UnsupportedPipelineError, match="`merge_crossattn` must be False beside T-GATE"):
+    with pytest.raises(UnsupportedPipelineError, match="`merge_crossattn` must be False with T-GATE"):
         apply_tgate(pipe, CONFIG)
     tomesd.remove_patch(pipe)
     with apply_tgate(pipe, CONFIG) as tgate:
         tomesd.apply_patch(pipe, ratio=0.5, merge_crossattn=True)
-        with pytest.raises(UnsupportedPipelineError, match="`merge_crossattn` must be False beside T-GATE"):
+        with pytest.raises(UnsupportedPipelineError, match="`merge_crossattn` must be False with T-GATE"):
             pipe(**kwargs, callback_on_step_end=tgate)
 
 

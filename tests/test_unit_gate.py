@@ -1,4 +1,4 @@
-"""The gate by itself, on a network of two layers: what each step folds, computes, keeps and gives back."""
+"""The gate alone, on a network of two layers: what each step folds, computes, keeps and returns."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tgate_processors._layers import attention_layers, set_processors
 
 
 def gated(**settings):
-    """A gate, its network, and how often each layer computed."""
+    """Return a gate, its network, and the number of times that each layer has computed."""
     module, computed = small(), {"attn1": 0, "attn2": 0}
     gate = Gate(TGateConfig(**settings))
     set_processors(module, gated_processors(module, gate))
@@ -37,7 +37,7 @@ def test_cross_attention_is_computed_up_to_the_gate_and_self_attention_in_every_
 
 
 def test_with_intervals_self_attention_is_reused_too():
-    """Of 6 steps with the gate at 2 and every second step after it: 0, 1, 2 and 4."""
+    """With 6 steps, gate step 2 and interval 2, self-attention is computed in steps 0, 1, 2 and 4."""
     gate, module, computed = gated(gate_step=2, fi_interval=2)
     sample, text = inputs()
     run = gate.start(6, guidance=False)
@@ -84,7 +84,7 @@ def test_looks_give_the_guidance_back_that_they_saw(branch, first):
     assert torch.equal(run.unfold(seen), seen)
     run.advance()
     kept = run.unfold(torch.tensor([[10.0]])).flatten().tolist()
-    # Guidance seen once is taken to fade to 0.9: 3 - 1 = 2, of which 1.8 is left.
+    # Guidance that was seen once fades to 0.9 in a step: it was 3 - 1 = 2, so 1.8 is left.
     assert kept == pytest.approx([10, 11.8] if first else [8.2, 10])
 
 

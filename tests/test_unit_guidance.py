@@ -1,4 +1,4 @@
-"""Strategies of guidance by themselves: which half or call goes on, what the other is answered. No network runs."""
+"""Strategies of guidance alone: which half or call goes on, and what answers the other one. No network runs."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from tgate_processors._modes import Phase
 
 
 def doubled(*rows):
-    """The inputs of a network whose sample is these rows twice, as guidance makes it."""
+    """Return the inputs of a network whose sample has these rows twice, as guidance doubles them."""
     sample = torch.tensor(rows, dtype=torch.float).reshape(-1, 1)
     return (torch.cat([sample, sample]), 5), {}
 
@@ -64,13 +64,13 @@ def test_a_pipeline_that_nobody_tried_must_show_equal_halves_after_its_first_ste
     assert asked(strategy, doubled(1, 2), True) is True
     other = Halves("negative", is_tried=False)
     assert asked(other, ((torch.tensor([[1.0], [2.0]]), 5), {}), True) is False
-    assert asked(other, doubled(1), True) is False  # asked once for a batch
+    assert asked(other, doubled(1), True) is False  # the halves are compared only once for each batch size
 
 
 def test_an_argument_that_may_be_batched_or_not_is_never_halved():
     sample, _ = doubled(1)
     inputs = sample, {"cross_attention_kwargs": {"regions": torch.ones(2, 4)}}
-    with pytest.warns(UserWarning, match="`regions` among the attention arguments may have a row for each picture"):
+    with pytest.warns(UserWarning, match="`regions` among the attention arguments may or may not have a row"):
         assert asked(Halves("negative"), inputs, True) is False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -86,14 +86,14 @@ def test_without_looks_the_other_half_is_equal():
 @pytest.mark.parametrize(
     ("branch", "positive_first", "expected"),
     [
-        ("negative", False, [[10], [12]]),  # 12 - 10 is what 3 - 1 was
+        ("negative", False, [[10], [12]]),  # 12 - 10 = 3 - 1
         ("positive", False, [[8], [10]]),
         ("negative", True, [[8], [10]]),
         ("positive", True, [[10], [12]]),
     ],
 )
 def test_with_looks_the_other_half_differs_by_what_was_seen(branch, positive_first, expected):
-    """Seen in two steps alike, guidance does not fade: r = (2 * 2) / (2 * 2) = 1."""
+    """Guidance that is equal in two steps does not fade: r = (2 * 2) / (2 * 2) = 1."""
     strategy = Halves(branch, positive_first=positive_first, looks=True)
     for step in (2, 3):
         strategy.note(0, (torch.tensor([[1.0], [3.0]]),), step=step)
@@ -101,7 +101,7 @@ def test_with_looks_the_other_half_differs_by_what_was_seen(branch, positive_fir
 
 
 def test_guidance_fades_as_fast_as_it_was_seen_to_fade():
-    """4 at step 2, 2 at step 4: half is left after two steps, so 1 is left of 2 at step 6."""
+    """Guidance is 4 at step 2 and 2 at step 4. Half is left after two steps, so 1 is left at step 6."""
     strategy = Halves("negative", looks=True)
     for step, guidance in ((2, 4.0), (4, 2.0)):
         strategy.note(0, (torch.tensor([[0.0], [guidance]]),), step=step)

@@ -1,4 +1,4 @@
-"""Standing around a module's calls, by itself: what the module is taken for meanwhile, and after."""
+"""Interception of a module's calls, alone: what the module's class appears to be, during it and afterwards."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from tgate_processors._interception import attributes_restored, intercept, inter
 
 
 class Notes:
-    """Hands every call on, and takes note of it."""
+    """Interceptor that passes every call on and records it."""
 
     def __init__(self):
         self.calls = []
@@ -22,7 +22,7 @@ class Notes:
 
 
 class Answers:
-    """Leaves every call out."""
+    """Interceptor that leaves out every call."""
 
     def around(self, forward, args, kwargs):
         return "an answer"
@@ -52,13 +52,13 @@ def test_the_modules_own_hooks_stay_inside():
     intercept(module, notes)
     sample, text = inputs()
     module(sample, 5, text)
-    assert order == [1]  # the interceptor was there first
+    assert order == [1]  # the interceptor comes before the hook
 
 
 def test_the_class_is_taken_for_the_one_below():
     module = small()
     intercept(module, Notes())
-    assert type(module) == Small  # noqa: E721  # how diffusers compares
+    assert type(module) == Small  # noqa: E721  # diffusers compares like this
     assert type(module) in [Small]
     assert isinstance(module, Small)
     assert type(module).__name__ == "Small"
@@ -71,7 +71,7 @@ def test_another_module_of_the_class_is_not_intercepted():
     sample, text = inputs()
     other(sample, 5, text)
     assert interceptor_of(other) is None
-    type(module)()(sample, 5, text)  # nor one that is made by the class that the module has now
+    type(module)()(sample, 5, text)  # nor is a new module of the class that the intercepted one has now
     assert notes.calls == []
 
 
@@ -99,7 +99,7 @@ def test_released_it_is_what_it_was():
 
 
 def test_it_comes_off_from_under_a_class_that_was_put_over_it():
-    """As FSDP and parametrizations do it."""
+    """FSDP and parametrizations put such a class over it."""
     module, notes = small(), Notes()
     intercept(module, notes)
     module.__class__ = over = type("Over", (type(module),), {"is_over": True})

@@ -1,4 +1,4 @@
-"""A gated network by itself: whose call each is, what its layers do in it, and what is left of it after."""
+"""A gated network alone: which run a call belongs to, what the layers do in it, and what stays after removal."""
 
 import threading
 from types import SimpleNamespace
@@ -20,15 +20,15 @@ STEPS = 4
 
 
 class Loop:
-    """A loop without a pipeline: every call is one of its run's, one call for a step, as long as it claims calls.
+    """A loop without a pipeline. While `claims` is True, every call belongs to its run.
 
     Args:
         network: The gated network.
-        strategy: How its guidance is done.
+        strategy: Strategy of guidance.
         calls_per_step: Number of calls in a step.
     """
 
-    pipe = None  # no pipeline's method is running in these tests
+    pipe = None  # in these tests no pipeline calls the network
     reuses_self_attention = False
 
     def __init__(self, network, strategy, *, calls_per_step=1):
@@ -52,7 +52,7 @@ class Loop:
 
 
 def gated(strategy, **settings):
-    """A small network that a loop has joined, and the batches that reach its first layer."""
+    """Return a small network that a loop has joined, with the batches that reach its first layer."""
     module = small()
     network = GatedNetwork.of(module)
     loop = Loop(network, strategy, **settings)
@@ -69,7 +69,7 @@ def doubled():
 
 
 def test_after_the_gate_one_half_goes_in_and_both_come_out():
-    """The gate closes at step 1: step 0 stores, and three steps reuse what it stored."""
+    """The gate closes at step 1, so step 0 stores and three steps reuse its output."""
     subject = gated(Halves("negative"))
     sample, text = doubled()
     outputs = [subject.module(sample, step, text)[0] for step in range(STEPS)]
@@ -101,7 +101,7 @@ def test_a_call_that_is_nobodys_only_computes():
 
 
 def test_a_call_from_within_a_call_is_nobodys():
-    """One row, as the evaluation around it has after the gate: what is stored would fit."""
+    """The inner call has one row, like the outer one after the gate, so the stored outputs would fit it."""
     subject = gated(Halves("negative"))
     sample, text = doubled()
     subject.loop.claims = False
@@ -117,7 +117,7 @@ def test_a_call_from_within_a_call_is_nobodys():
     hook = subject.module.attn2.register_forward_pre_hook(call_again)
     after = subject.module(sample, 1, text)[0]
     assert torch.equal(within[0], own)
-    assert torch.equal(*after.chunk(2))  # and the evaluation around it went on as it was
+    assert torch.equal(*after.chunk(2))  # the outer call is not disturbed
     assert subject.loop.evaluated == 2
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from at_hand import Entries
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,11 @@ class Entry:
 
 
 STEPS = 4
-ENTRIES: dict[str, Entry] = {}
+ENTRIES = Entries()
 
 
 def register(name: str, build: Callable[[], Any], call: Callable[[list[int]], dict[str, Any]], branches: int = 2):
-    assert name not in ENTRIES
-    ENTRIES[name] = Entry(build, call, branches)
+    ENTRIES.add(name, Entry(build, call, branches), needs=class_of(name))
 
 
 def of_pictures(pictures: list[int], *shape: int, kind: int = 0) -> torch.Tensor:

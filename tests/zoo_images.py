@@ -4,12 +4,9 @@ from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import diffusers
 import numpy as np
 import torch
-import transformers
-from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
+from at_hand import diffusers, transformers
 from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 from PIL import Image
 from zoo import STEPS, generators, images, of_pictures, register, wake
@@ -600,7 +597,10 @@ worded(
 # JoyImage-Edit: what guidance makes is as long as what the prompt alone makes
 
 
-class AnySize(JoyImageEditImageProcessor):
+JoyImages = diffusers.pipelines.joyimage.image_processor.JoyImageEditImageProcessor
+
+
+class AnySize(JoyImages):
     """Does not round a size up to a megapixel."""
 
     def get_default_height_width(self, image, height=None, width=None):
@@ -624,7 +624,7 @@ def mean_video_encoder():
 def build_joy(name, **components):
     pipe = build(name, vae=mean_video_encoder, scheduler=flow, **components)
     for part in ("image_processor", "vae_image_processor"):
-        if isinstance(getattr(pipe, part, None), JoyImageEditImageProcessor):
+        if isinstance(getattr(pipe, part, None), JoyImages):
             setattr(pipe, part, AnySize(vae_scale_factor=4))
     return pipe
 
@@ -958,7 +958,7 @@ def ace_step(**changes):
             **changes,
         ),
         "condition_encoder": partial(
-            AceStepConditionEncoder,
+            diffusers.pipelines.ace_step.AceStepConditionEncoder,
             **ACE_SIZES,
             text_hidden_dim=WIDTH,
             timbre_hidden_dim=CHANNELS,

@@ -3,10 +3,9 @@
 import warnings
 from functools import partial
 
-import diffusers
 import PIL.Image
 import torch
-import transformers
+from at_hand import diffusers, transformers
 from zoo import images, of_pictures, register
 from zoo_transformers import HEADS, TOKENS, WIDTH, MeanEncoder, build, call, noise, pipeline
 

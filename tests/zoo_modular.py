@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import adapters
-import diffusers
 import torch
 import zoo_images
 import zoo_joint
@@ -17,7 +16,7 @@ import zoo_qwen
 import zoo_unets
 import zoo_videos
 import zoo_worlds
-from diffusers.guiders import ClassifierFreeGuidance, LTX2Guidance
+from at_hand import Entries, diffusers
 from zoo import STEPS, images, of_pictures, wake
 from zoo_transformers import CHANNELS, FROM_IMAGE_SIZES, LTX, TOKENS, WIDTH, in_latents, noise, text, unipc, wan
 
@@ -42,7 +41,7 @@ class Entry:
     guiders: tuple[str, ...] = ("guider",)
 
 
-MODULAR: dict[str, Entry] = {}
+MODULAR = Entries()
 
 # Pipelines that do not run on a batch of two, with the reason.
 ONE_PICTURE_ONLY = {
@@ -51,9 +50,10 @@ ONE_PICTURE_ONLY = {
 }
 
 
-def register(name: str, build: Callable[[], Any], call: Callable[[list[int]], dict[str, Any]], **settings: Any):
-    assert name not in MODULAR
-    MODULAR[name] = Entry(build, call, **settings)
+def register(
+    name: str, needs: str, build: Callable[[], Any], call: Callable[[list[int]], dict[str, Any]], **settings: Any
+):
+    MODULAR.add(name, Entry(build, call, **settings), needs)
 
 
 def silence(blocks):
@@ -78,7 +78,7 @@ def build(blocks, guiders, **components):
             wake(network)
     for number, name in enumerate(guiders):
         # The scale is named: what is given by position is lost in a copy that `new` makes.
-        made.setdefault(name, ClassifierFreeGuidance(guidance_scale=5.0 - number))
+        made.setdefault(name, diffusers.ClassifierFreeGuidance(guidance_scale=5.0 - number))
     pipe.update_components(**made)
     return pipe
 
@@ -100,6 +100,7 @@ def modular(name, components, *inputs, label=None, entry=None, **settings):
     family = name.removesuffix("AutoBlocks").removesuffix("Blocks")
     register(
         label or family,
+        name,
         partial(build, name, entry.get("guiders", ("guider",)), **components),
         partial(call, inputs=inputs, **settings),
         **entry,
@@ -155,7 +156,7 @@ def call_ip_adapter(pictures):
     return given
 
 
-register("StableDiffusionXL (IP-Adapter)", build_ip_adapter, call_ip_adapter, **A_UNET)
+register("StableDiffusionXL (IP-Adapter)", "StableDiffusionXLAutoBlocks", build_ip_adapter, call_ip_adapter, **A_UNET)
 
 
 # Wan: 2.2 has two networks, one after the other, each with a guider
@@ -280,7 +281,9 @@ def ernie():
 
 
 # Adds guidance to what the prompt alone makes, and so its scale is less by one.
-FROM_THE_PROMPT = {"guider": partial(ClassifierFreeGuidance, guidance_scale=4.0, use_original_formulation=True)}
+FROM_THE_PROMPT = {
+    "guider": partial(diffusers.ClassifierFreeGuidance, guidance_scale=4.0, use_original_formulation=True)
+}
 
 
 def flowing(network):
@@ -361,7 +364,9 @@ def sounding_text(pictures):
 
 def ltx_2(**guidance):
     scales = {"guider": 5.0, "audio_guider": 4.0}
-    guiders = {name: partial(LTX2Guidance, guidance_scale=scale, **guidance) for name, scale in scales.items()}
+    guiders = {
+        name: partial(diffusers.LTX2Guidance, guidance_scale=scale, **guidance) for name, scale in scales.items()
+    }
     return without(zoo_worlds.LTX_2, "connectors") | guiders
 
 

@@ -1,12 +1,14 @@
 """Videos, and what else is built around a UNet: sound, edits, depth and normals, Kolors, Kandinsky 3."""
 
+import json
 import warnings
 from functools import partial
+from pathlib import Path
 from string import ascii_lowercase
+from tempfile import TemporaryDirectory
 
-import diffusers
 import torch
-import transformers
+from at_hand import diffusers, transformers
 from recorded import PixelNormaliser
 from zoo import STEPS, generators, images, make, of_pictures, register, wake
 from zoo_unets import (
@@ -335,9 +337,14 @@ LETTERS = ["<|startoftext|>", "<|endoftext|>", *(letter + end for end in ("", "<
 
 def tokenizer():
     """A letter is a token."""
-    return transformers.CLIPTokenizer(
-        vocab={letter: number for number, letter in enumerate(LETTERS)}, merges=[], model_max_length=TOKENS
-    )
+    vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
+    if transformers.__version__ >= "5":
+        return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
+    with TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocabulary))
+        files[1].write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer(*map(str, files), model_max_length=TOKENS)
 
 
 def text_encoder(cls=transformers.CLIPTextModel, width=WIDTH):

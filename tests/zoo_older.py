@@ -4,17 +4,9 @@ import warnings
 from functools import partial, wraps
 from string import ascii_lowercase
 
-import diffusers
 import torch
-import transformers
+from at_hand import diffusers, transformers
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
-from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
-from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel, UniDiffuserTextDecoder
-from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
-from diffusers.pipelines.deprecated.vq_diffusion import LearnedClassifierFreeSamplingEmbeddings
-from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
-from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from diffusers.pipelines.stable_diffusion.clip_image_project_model import CLIPImageProjection
@@ -387,7 +379,9 @@ KARLO = {
     "text_encoder": partial(text_encoder, transformers.CLIPTextModelWithProjection),
     "tokenizer": tokenizer,
     "text_proj": lambda: wake(
-        UnCLIPTextProjModel(clip_embeddings_dim=WIDTH, time_embed_dim=4 * 8, cross_attention_dim=WIDTH)
+        diffusers.pipelines.deprecated.unclip.UnCLIPTextProjModel(
+            clip_embeddings_dim=WIDTH, time_embed_dim=4 * 8, cross_attention_dim=WIDTH
+        )
     ),
     "super_res_first": enlarger,
     "super_res_last": enlarger,
@@ -576,13 +570,17 @@ CASCADE_DECODER = {
     "scheduler": diffusers.DDPMWuerstchenScheduler,
 }
 WUERSTCHEN_PRIOR = {
-    "prior": lambda: wake(WuerstchenPrior(c_in=4, c=8, c_cond=WIDTH, c_r=8, depth=2, nhead=2)),
+    "prior": lambda: wake(
+        diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior.WuerstchenPrior(
+            c_in=4, c=8, c_cond=WIDTH, c_r=8, depth=2, nhead=2
+        )
+    ),
     "text_encoder": text_encoder,
     "scheduler": diffusers.DDPMWuerstchenScheduler,
 }
 WUERSTCHEN_DECODER = {
     "decoder": lambda: wake(
-        WuerstchenDiffNeXt(
+        diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt(
             c_cond=WIDTH,
             c_hidden=[8],
             c_r=8,
@@ -804,7 +802,7 @@ def example_encoder():
         image_size=SIZE,
         patch_size=SIZE // 2,
     )
-    return PaintByExampleImageEncoder(config, proj_size=WIDTH)
+    return diffusers.pipelines.deprecated.paint_by_example.PaintByExampleImageEncoder(config, proj_size=WIDTH)
 
 
 def example(pictures):
@@ -969,7 +967,7 @@ pipeline("MusicLDMPipeline", SOUND, embeds_of_sound, latents=square)
 
 def unidiffuser():
     return wake(
-        UniDiffuserModel(
+        diffusers.pipelines.deprecated.unidiffuser.UniDiffuserModel(
             text_dim=WIDTH,
             clip_img_dim=WIDTH,
             num_text_tokens=TOKENS,
@@ -988,7 +986,7 @@ def unidiffuser():
 
 
 def text_decoder():
-    return UniDiffuserTextDecoder(
+    return diffusers.pipelines.deprecated.unidiffuser.UniDiffuserTextDecoder(
         prefix_length=TOKENS,
         prefix_inner_dim=WIDTH,
         prefix_hidden_dim=WIDTH,
@@ -1065,7 +1063,7 @@ VERSATILE_TEXT = {
     "text_encoder": PRIOR["text_encoder"],
     "tokenizer": tokenizer,
     "text_unet": partial(
-        UNetFlatConditionModel,
+        diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet.UNetFlatConditionModel,
         **ATTENDING,
         down_block_types=("CrossAttnDownBlockFlat", "DownBlockFlat"),
         up_block_types=("UpBlockFlat", "CrossAttnUpBlockFlat"),
@@ -1140,7 +1138,10 @@ def build_vq():
         transformer=transformer(),
         scheduler=diffusers.VQDiffusionScheduler(num_vec_classes=CODES),
         learned_classifier_free_sampling_embeddings=wake(
-            LearnedClassifierFreeSamplingEmbeddings(learnable=True, hidden_size=WIDTH, length=TOKENS), std=1.0
+            diffusers.pipelines.deprecated.vq_diffusion.LearnedClassifierFreeSamplingEmbeddings(
+                learnable=True, hidden_size=WIDTH, length=TOKENS
+            ),
+            std=1.0,
         ),
     )
 

@@ -3,10 +3,9 @@
 from functools import partial, wraps
 from types import SimpleNamespace
 
-import diffusers
 import torch
+from at_hand import diffusers, transformers
 from PIL import Image
-from transformers import BatchEncoding, SmolLM3Config, SmolLM3ForCausalLM
 from zoo import images, of_pictures, register
 from zoo_transformers import CHANNELS, TOKENS, WIDTH, build, call, noise, pipeline, plain_text, text, wan_vae
 
@@ -80,7 +79,7 @@ class ByteTokenizer:
 
     def __call__(self, texts, **settings):
         longest = max(map(len, texts))
-        return BatchEncoding(
+        return transformers.BatchEncoding(
             {
                 "input_ids": torch.tensor([list(one.encode()) + [0] * (longest - len(one)) for one in texts]),
                 "attention_mask": torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in texts]),
@@ -89,7 +88,7 @@ class ByteTokenizer:
 
 
 def smol_lm():
-    config = SmolLM3Config(
+    config = transformers.SmolLM3Config(
         vocab_size=128,
         hidden_size=WIDTH,
         intermediate_size=8,
@@ -101,7 +100,7 @@ def smol_lm():
         eos_token_id=2,
         initializer_range=1.0,
     )
-    return SmolLM3ForCausalLM(config)
+    return transformers.SmolLM3ForCausalLM(config)
 
 
 def fibo():

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-import diffusers
+from at_hand import diffusers
 from zoo import STEPS, images, of_pictures, register
 from zoo_motion import FRAMES, text_encoder, tokenizer
 from zoo_older import words

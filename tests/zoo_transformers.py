@@ -3,8 +3,8 @@
 import warnings
 from functools import partial
 
-import diffusers
 import torch
+from at_hand import diffusers
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from zoo import STEPS, generators, images, make, of_pictures, register, wake

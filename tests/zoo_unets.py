@@ -2,7 +2,7 @@
 
 from functools import partial
 
-import diffusers
+from at_hand import diffusers
 from zoo import STEPS, generators, images, make, of_pictures, register, seeded, wake
 
 

@@ -2,10 +2,8 @@
 
 from functools import partial
 
-import diffusers
 import torch
-import transformers
-from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+from at_hand import diffusers, transformers
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from zoo import images, of_pictures, register
@@ -339,7 +337,7 @@ pipeline(
 # With a guider: a call for the prompt, then a call for the negative prompt
 
 
-def guided(name, components, *inputs, build=build, guider=ClassifierFreeGuidance, label=None, **settings):
+def guided(name, components, *inputs, build=build, guider=diffusers.ClassifierFreeGuidance, label=None, **settings):
     """Register a class that has the guidance scale from a component, and not from the call."""
     components = components | {"guider": partial(guider, guidance_scale=9.0)}
     register(label or name, partial(build, name, **components), partial(call_without_scale, inputs=inputs, **settings))
@@ -456,7 +454,7 @@ guided(
     MOTIF,
     text,
     # What it adds in a step is in part what it added in the steps before.
-    guider=partial(AdaptiveProjectedGuidance, adaptive_projected_guidance_momentum=0.5),
+    guider=partial(diffusers.AdaptiveProjectedGuidance, adaptive_projected_guidance_momentum=0.5),
     label="MotifVideoPipeline (projected guidance)",
     latents=LATENTS,
     **IN_PIXELS,

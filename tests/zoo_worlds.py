@@ -2,20 +2,13 @@
 
 import warnings
 from functools import partial
+from importlib import import_module
 from string import ascii_lowercase
 from types import SimpleNamespace
 
-import diffusers
 import PIL.Image
 import torch
-from diffusers.models.controlnets import controlnet_cosmos
-from diffusers.pipelines.ltx2 import (
-    LTX2HDRReferenceCondition,
-    LTX2LatentUpsamplerModel,
-    LTX2ReferenceCondition,
-    LTX2TextConnectors,
-    LTX2VideoCondition,
-)
+from at_hand import diffusers
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import interpolate
 from transformers import T5Config, T5EncoderModel
@@ -387,7 +380,7 @@ def ltx_2_audio_vae():
 
 def ltx_2_connectors():
     """Where a text is padded it is given what was learned instead."""
-    return LTX2TextConnectors(
+    return diffusers.pipelines.ltx2.LTX2TextConnectors(
         caption_channels=WIDTH,
         text_proj_in_factor=1,
         video_connector_num_attention_heads=2,
@@ -425,20 +418,25 @@ ltx_2_of = partial(pipeline, height=32, width=32, num_frames=3, **ONE_GUIDANCE)
 
 def first_frame(_):
     """The same for all prompts."""
-    return {"conditions": LTX2VideoCondition(frames(1, 32, kind=7)[0], crf=0)}
+    return {"conditions": diffusers.pipelines.ltx2.LTX2VideoCondition(frames(1, 32, kind=7)[0], crf=0)}
 
 
 def first_and_last_frame(_):
     first, last = frames(2, 32, kind=7)
-    return {"conditions": [LTX2VideoCondition(first, crf=0), LTX2VideoCondition(last, 1, 0.8, crf=0)]}
+    return {
+        "conditions": [
+            diffusers.pipelines.ltx2.LTX2VideoCondition(first, crf=0),
+            diffusers.pipelines.ltx2.LTX2VideoCondition(last, 1, 0.8, crf=0),
+        ]
+    }
 
 
 def in_context(_):
-    return {"reference_conditions": LTX2ReferenceCondition(frames(3, 32, kind=7))}
+    return {"reference_conditions": diffusers.pipelines.ltx2.LTX2ReferenceCondition(frames(3, 32, kind=7))}
 
 
 def in_context_of_range(_):
-    return {"reference_conditions": LTX2HDRReferenceCondition(frames(3, 32, kind=7))}
+    return {"reference_conditions": diffusers.pipelines.ltx2.LTX2HDRReferenceCondition(frames(3, 32, kind=7))}
 
 
 ltx_2_of("LTX2Pipeline", LTX_2, padded_in_front, sound, latents=(CHANNELS, 2, 4, 4))
@@ -505,7 +503,7 @@ def made_before(pictures):
 
 
 def double_frames():
-    return LTX2LatentUpsamplerModel(
+    return diffusers.pipelines.ltx2.LTX2LatentUpsamplerModel(
         in_channels=CHANNELS, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=False, temporal_upsample=True
     )
 
@@ -618,6 +616,7 @@ class Nearest:
 
 
 def cosmos_controlnet():
+    controlnet_cosmos = import_module("diffusers.models.controlnets.controlnet_cosmos")
     if not hasattr(controlnet_cosmos, "transforms"):
         controlnet_cosmos.transforms = Nearest
     return diffusers.CosmosControlNetModel(

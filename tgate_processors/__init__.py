@@ -51,7 +51,8 @@ __all__ = [
     "preset",
     "ungated_processors",
 ]
-# what imports torch and diffusers waits until it is asked for: the command's Ctrl-C and its help do not wait for them
+# These modules import torch and diffusers, which is slow. They are imported on first use, so that the command answers
+# `--help` and Ctrl-C at once.
 _MODULES = ("gate", "handle", "loaders", "measure.convergence", "processors")
 
 

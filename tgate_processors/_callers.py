@@ -1,4 +1,4 @@
-"""Which pipeline makes a call: Python's own stack says it."""
+"""Which pipeline makes a call of a network, found on Python's call stack."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 
 class NotTheLoop:
-    """An object of this library within whose methods a call is not the pipeline's loop's."""
+    """Base of this library's classes whose methods call networks or user code outside the pipeline's loop."""
 
 
 PIPELINES = (DiffusionPipeline, ModularPipeline)
@@ -22,21 +22,22 @@ LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, diffusers.
 
 
 def callers(but: Any = None) -> Iterator[Any]:
-    """The pipelines whose methods are running in this thread, innermost first, and what stands between.
+    """Yield the pipelines whose methods are running in this thread, innermost first, and callers between them.
 
-    A pipeline's loop is a method of it, so a call of a network belongs to the first that is given here. Where that is
-    a callback, or a network that is being evaluated, the call is no loop's. A callback may be any function: it is
-    known by being of another file than the pipeline, and of none of the libraries that a loop calls through.
+    A pipeline's loop is one of its methods, so a network call belongs to the first object that this yields. If the
+    first object is a callback, or a network that is being evaluated, the call belongs to no loop. A callback may be
+    any function. It is recognised by its file, which is neither the pipeline's nor one of torch, diffusers or this
+    library.
 
     Args:
-        but: An object to pass over.
+        but: Object to leave out.
     """
     strangers: set[str] = set()
     for frame, owner in _frames():
         code = frame.f_code
         if isinstance(owner, PIPELINES):
             if strangers - {code.co_filename} and isinstance(owner, DiffusionPipeline):
-                yield code  # somebody's callback; a modular pipeline has none, and blocks of other files
+                yield code  # a callback; a modular pipeline has no callbacks, and its blocks may be in other files
             yield owner
             strangers = set()
         elif isinstance(owner, OTHERS):
@@ -47,18 +48,18 @@ def callers(but: Any = None) -> Iterator[Any]:
 
 
 def local_of(owner: Any, name: str) -> Any:
-    """A local variable of a pipeline's innermost method that is running in this thread; None where none has it.
+    """Return a local variable of a pipeline method that is running in this thread; None if no method has it.
 
-    A modular pipeline's methods are those of its blocks.
+    Of several such methods the innermost counts. The methods of a modular pipeline are those of its blocks.
     """
-    for frame, its in _frames():
-        if (its is owner or isinstance(its, ModularPipelineBlocks)) and name in frame.f_locals:
+    for frame, frame_owner in _frames():
+        if (frame_owner is owner or isinstance(frame_owner, ModularPipelineBlocks)) and name in frame.f_locals:
             return frame.f_locals[name]
     return None
 
 
 def _frames() -> Iterator[tuple[FrameType, Any]]:
-    """What is running in this thread, innermost first: each frame, and the object that it is a method of, or None."""
+    """Yield each frame of this thread, innermost first, with the object whose method it runs, or None."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

@@ -1,7 +1,8 @@
-"""Gradient checkpointing: what is computed again in the backward pass must find the gate as it was.
+"""Gradient checkpointing: a block that runs again in the backward pass must find the gate as it was.
 
-A checkpoint runs a block again when its gradients are asked for, long after the evaluation. So for an evaluation with
-gradients the blocks' checkpointing function is one that puts the evaluation's modes and outputs in again around that.
+A checkpoint runs its block again when the gradients are computed, after the evaluation has ended. So an evaluation
+with gradients wraps each block's checkpointing function. The wrapper puts the evaluation's modes and stored outputs
+back into the layers while the block runs again.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +16,13 @@ from tgate_processors.errors import StateError
 
 @contextmanager
 def checkpoints_kept(network: torch.nn.Module, again: Callable[[], Any], is_gated: bool) -> Iterator[None]:
-    """For an evaluation: its checkpoints, when they are computed again, are so within `again()`, a context manager.
+    """Wrap the checkpoints of one evaluation, so that their blocks run again inside of `again()`.
 
     Args:
         network: The network that is evaluated.
-        again: Puts the evaluation's modes and outputs in, and takes them out.
-        is_gated: Whether any layer does more than compute.
+        again: Returns a context manager that puts the evaluation's modes and stored outputs into the layers, and takes
+            them out at its end.
+        is_gated: Whether any layer stores or reuses in the evaluation.
     """
     name = "_gradient_checkpointing_func"
     blocks = [module for module in network.modules() if callable(getattr(module, name, None))]
@@ -35,8 +37,8 @@ def checkpoints_kept(network: torch.nn.Module, again: Callable[[], Any], is_gate
                         return function(*args, **kwargs)
                 if is_gated and not torch.is_grad_enabled():
                     raise StateError(
-                        "gradient checkpointing must not be reentrant beside T-GATE, whose stored outputs then have "
-                        f"no gradients, got `use_reentrant=True` in {type(network).__name__}. "
+                        "gradient checkpointing must not be reentrant with T-GATE, because its stored outputs then "
+                        f"have no gradients, got `use_reentrant=True` in {type(network).__name__}. "
                         "Call `enable_gradient_checkpointing()` without an argument."
                     )
                 return function(*args, **kwargs)

@@ -1,20 +1,20 @@
-"""Which step an evaluation of the denoiser belongs to."""
+"""The step that an evaluation of the denoiser belongs to."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class StepClock:
-    """Which step an evaluation of the denoiser belongs to.
+    """Conversion of evaluations to steps.
 
-    Steps are counted as `num_inference_steps` counts them. A scheduler of order 2 (Heun, KDPM2) evaluates the
-    denoiser twice in a step; PNDM evaluates it `num_warmup_evaluations` times before its first step is over,
-    and those do not count (`num_warmup_steps` in the pipelines of diffusers 0.42).
+    A step is what `num_inference_steps` counts. A scheduler of order 2 (Heun, KDPM2) evaluates the denoiser twice in
+    a step. PNDM makes extra warm-up evaluations, which belong to step 0 and do not count as steps
+    (`num_warmup_steps` in the pipelines of diffusers 0.42).
 
     Args:
-        num_evaluations: Length of the denoising loop.
-        order: Evaluations in a step.
-        num_warmup_evaluations: Evaluations at the start that belong to step 0.
+        num_evaluations: Number of evaluations in the denoising loop.
+        order: Number of evaluations in a step.
+        num_warmup_evaluations: Number of extra evaluations at the start, which belong to step 0.
     """
 
     num_evaluations: int
@@ -22,7 +22,7 @@ class StepClock:
     num_warmup_evaluations: int = 0
 
     def step(self, evaluation: int) -> int:
-        """The step, 0-based, that evaluation `evaluation`, 0-based, belongs to."""
+        """Return the step that an evaluation belongs to. Both count from 0."""
         return max(0, evaluation - self.num_warmup_evaluations) // self.order
 
     @property

@@ -1,4 +1,4 @@
-"""Copies of networks whose forward can be run without weights, and writes to nothing of the original."""
+"""Copies of networks whose forward runs without weights and changes nothing in the original."""
 
 import copy
 from collections import OrderedDict
@@ -14,25 +14,25 @@ from tgate_processors._record import to_meta
 from tgate_processors.errors import UnsupportedPipelineError
 
 
-# In the names of diffusers' processors whose kernels are not of torch, and do not run without values.
+# Parts of the names of diffusers' processors whose kernels come from outside torch, and do not run without weights.
 OTHER_KERNELS = ("NPU", "XFormers", "XLA")
 
 
 def meta_copy(network: Any, processors: Mapping[str, Any] | None = None) -> Any:
-    """A network as it is now, adapters too, on the meta device in single precision.
+    """Return a copy of a network with its adapters, on the meta device in single precision.
 
-    Quantized layers are Linear and Conv layers there, whose arithmetic they replace.
+    The copy has a Linear or Conv layer for each quantized one.
 
     Args:
-        network: The network; nothing of it is written to.
-        processors: The attention processors to copy, by the names of the layers; for one that is not of diffusers'
-            own classes, or has a kernel of others, and is not to be run, the layer's default stands in. Without,
-            those that it has.
+        network: The network, which is not changed.
+        processors: Attention processors to copy, by layer name; None takes those that the network has. If a processor
+            is not of a diffusers class, or its kernel comes from outside torch, the layer's default processor
+            replaces it.
     """
     model = structural_copy(network, to_meta, _as_plain)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight.requires_grad_()  # torch runs it as one product then, whatever the strides of its input
+            module.weight.requires_grad_()  # torch then runs it as one product for any strides of its input
     for name, layer in attention_layers(model).items():
         processor = layer.processor if processors is None else processors.get(name)
         layer._modules.pop("processor", None)
@@ -41,10 +41,10 @@ def meta_copy(network: Any, processors: Mapping[str, Any] | None = None) -> Any:
 
 
 def default_processor(layer: Any) -> Any:
-    """The processor that diffusers gives a layer of this class.
+    """Return the processor that diffusers gives a layer of this class.
 
     Raises:
-        UnsupportedPipelineError: It gives none.
+        UnsupportedPipelineError: diffusers has no default processor for the class.
     """
     default = AttnProcessor2_0 if isinstance(layer, Attention) else getattr(layer, "_default_processor_cls", None)
     if default is None:
@@ -53,7 +53,7 @@ def default_processor(layer: Any) -> Any:
 
 
 def _is_run(processor: Any) -> bool:
-    """Whether a copy of a processor is run: it is of diffusers, and its kernel is of torch."""
+    """Return whether a copy of the processor can run: its class is of diffusers and its kernel is of torch."""
     return is_of_diffusers(processor) and not any(kernel in type(processor).__name__ for kernel in OTHER_KERNELS)
 
 
@@ -64,7 +64,7 @@ def _copy_of(processor: Any) -> Any:
         copied = copy.copy(processor)
         vars(copied).update(structural_copy(vars(processor), to_meta))
     if hasattr(copied, "_attention_backend"):
-        copied._attention_backend = "native"  # others are not counted, or do not run without values
+        copied._attention_backend = "native"  # other backends are not counted, or do not run without weights
     return copied
 
 
@@ -73,25 +73,25 @@ def structural_copy(
     change: Callable[[torch.Tensor], torch.Tensor],
     replace: Callable[[torch.nn.Module], torch.nn.Module | None] = lambda module: None,
 ) -> Any:
-    """A network of the same modules with `change` applied to every tensor.
+    """Return a copy of a network's modules with `change` applied to every tensor.
 
-    What compiles, offloads or hooks its forwards is left behind.
+    The copy has no hooks, and no forwards that compilation or offloading replaced.
 
     Args:
-        network: The network, or what keeps parts of one in lists and dicts.
-        change: Makes the copy's tensors.
-        replace: Gives another module in a module's place, or None to copy it.
+        network: The network, or a list or dict that holds parts of one.
+        change: Makes a tensor of the copy from a tensor of the network.
+        replace: Returns another module to use instead of the one given, or None to copy that one.
     """
     return _Copier(change, replace).copied(network)
 
 
 class _Copier:
-    """Copies modules and what they keep in lists and dicts, so that the copy's forward writes to nothing of theirs.
+    """Copies modules, and the lists and dicts in them, so that the copy's forward changes nothing in the original.
 
-    What stands in several places is copied once.
+    An object that occurs in several places is copied once.
 
     Args:
-        change, replace: As `structural_copy` has them.
+        change, replace: As in `structural_copy`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class _Copier:
         self._copies: dict[int, Any] = {}
 
     def copied(self, value: Any) -> Any:
-        """A copy of a module, a tensor, a list, a dict, a generator or a part; anything else is itself."""
+        """Copy a module, tensor, list, dict, generator or part of a model. Return any other value as it is."""
         if isinstance(value, torch.Tensor):
             return self._change(value)
         if isinstance(value, torch.nn.Module):
@@ -114,7 +114,7 @@ class _Copier:
         return self._module(value) if isinstance(value, torch.nn.Module) else self._holder(value)
 
     def _holder(self, value: Any) -> Any:
-        """A copy of what may hold tensors."""
+        """Copy a value that may hold tensors."""
         if isinstance(value, torch.Generator):
             self._copies[id(value)] = value.clone_state()
         elif type(value) is list:
@@ -146,13 +146,13 @@ class _Copier:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether a value is a part of a diffusers model that is no module: Z-Image's positions, which keep tensors."""
+    """Return whether a value is an object of a diffusers model but no module, such as Z-Image's positions."""
     is_object = hasattr(value, "__dict__") and not isinstance(value, Enum)
     return is_object and type(value).__module__.startswith("diffusers.models.")
 
 
 def _as_plain(module: Any) -> torch.nn.Module | None:
-    """The layer of torch, on the meta device, that a quantized one stands for; None where it is no such layer."""
+    """Return the torch layer, on the meta device, that a quantized layer replaced; None for any other module."""
     kind = type(module)
     if hasattr(module, "base_layer") or kind.__module__.startswith(("torch.nn.modules.", "diffusers.models.")):
         return None
@@ -165,6 +165,6 @@ def _as_plain(module: Any) -> torch.nn.Module | None:
 
 
 def build_on_meta(denoiser: Any, config: Any) -> Any:
-    """A model of the diffusers class `denoiser` with this config, on the meta device."""
+    """Return a model of the diffusers class `denoiser` with this config, on the meta device."""
     with torch.device("meta"):
         return denoiser.from_config(config).to("meta").eval()

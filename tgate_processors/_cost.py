@@ -1,7 +1,7 @@
-"""What evaluations of a network cost, counted by running a copy of its structure on the meta device, without weights.
+"""Arithmetic of a network's evaluations, counted on a copy without weights that runs on the meta device.
 
-The copy is stock and never gated: what a reused layer would cost is taken off. Nothing of the user's is run or
-written to: diffusers' own processors are copied, anybody else's are counted as diffusers' default.
+The copy is stock: the cost of a reused layer is subtracted afterwards. The user's own objects neither run nor change.
+Processors of diffusers are copied, and any other processor is counted as diffusers' default.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,20 +23,20 @@ from tgate_processors._store import kinds
 from tgate_processors._tables import Shown, Table
 
 
-# What counts as Linear and Conv; attention's two products and the like are matrix products beside these.
+# Operators of Linear and Conv layers. Attention's two products and similar matrix products are other operators.
 LINEAR_AND_CONV = {"aten.convolution", "aten.addmm", "aten.mm"}
 
 
 @dataclass(frozen=True)
 class Cost(Shown):
-    """What evaluations cost; costs add up.
+    """Cost of some evaluations. Costs can be added.
 
     Args:
-        macs: Multiply-accumulates, attention's matrix products among them.
-        linear_and_conv_macs: Those of Linear and Conv layers alone, the convention of the papers (calflops does not
-            see `scaled_dot_product_attention`).
-        cross_computed, cross_reused: Calls of cross-attention layers.
-        self_computed, self_reused: Calls of self-attention layers.
+        macs: Multiply-accumulates, including attention's matrix products.
+        linear_and_conv_macs: Multiply-accumulates of Linear and Conv layers alone. The papers count these, because
+            their tool calflops does not see `scaled_dot_product_attention`.
+        cross_computed, cross_reused: Number of calls of cross-attention layers.
+        self_computed, self_reused: Number of calls of self-attention layers.
     """
 
     macs: int = 0
@@ -63,7 +63,7 @@ class Cost(Shown):
 
 @dataclass
 class _Layer:
-    """What the calls of an attention layer cost in an evaluation that computes all, and what they put out."""
+    """Cost and output size of an attention layer's calls in an evaluation that computes everything."""
 
     is_cross: bool
     is_gated: bool
@@ -75,14 +75,14 @@ class _Layer:
 
 @dataclass
 class _Profile:
-    """What an evaluation costs that computes all."""
+    """Cost of an evaluation that computes everything."""
 
     macs: int = 0
     linear_and_conv_macs: int = 0
     layers: dict[str, _Layer] = field(default_factory=dict)
 
     def cost(self, mode: StepMode, missed: Iterable[str] = ()) -> Cost:
-        """What it costs in a mode; the layers in `missed` compute all the same."""
+        """Return the cost of the evaluation in a mode. The layers in `missed` compute in a mode that reuses, too."""
         counted, modes = Cost(self.macs, self.linear_and_conv_macs), dict(kinds(mode))
         for name, layer in self.layers.items():
             kind = "cross" if layer.is_cross else "self"
@@ -94,12 +94,12 @@ class _Profile:
 
 
 class NetworkCost:
-    """What the evaluations of one network cost; each kind of evaluation is run once.
+    """Counter of the cost of one network's evaluations. It runs each kind of evaluation once.
 
     Args:
-        model: From `meta_copy` or `build_on_meta`.
-        inputs: What the network was given, both branches of guidance, on the meta device.
-        deepcache: The `DeepCacheSDHelper` of the run, where there is one.
+        model: Copy of the network, from `meta_copy` or `build_on_meta`.
+        inputs: Inputs that the pipeline gave the network, with both branches of guidance, on the meta device.
+        deepcache: The run's `DeepCacheSDHelper`, if any.
     """
 
     def __init__(self, model: Any, inputs: Sequence[Inputs], deepcache: Any = None) -> None:
@@ -109,16 +109,20 @@ class NetworkCost:
         self._profiles: dict[tuple[int, int, bool], _Profile] = {}
 
     def of(self, evaluations: Iterable[Evaluation]) -> Cost:
-        """What these evaluations cost together."""
+        """Return the total cost of these evaluations."""
         return sum((self._profile(e).cost(e.mode, e.missed) for e in evaluations), Cost())
 
     def stock(self, given: Iterable[int]) -> Cost:
-        """What the stock network's calls cost, for what each was given."""
+        """Return the total cost of the stock network's calls.
+
+        Args:
+            given: Index into `inputs` for each call.
+        """
         calls = (Evaluation(StepMode.PLANNING, self._batch_of(index), given=index) for index in given)
         return self.of(calls)
 
     def peak_cache_bytes(self, evaluations: Iterable[Evaluation]) -> int:
-        """The most bytes of attention output that a run keeps, in single precision."""
+        """Return the largest number of bytes of attention output that a run keeps at a time, in single precision."""
         kept, peak = {True: 0, False: 0}, 0
         for evaluation in evaluations:
             layers = self._profile(evaluation).layers.values()
@@ -142,13 +146,16 @@ class NetworkCost:
                 inputs = take_half(inputs, batch, first=True)
             with ExitStack() as stack:
                 if self._deepcache is not None:
-                    inputs = _beside(self._model, self._deepcache, inputs, evaluation.shallow, stack)
+                    inputs = _with_deepcache(self._model, self._deepcache, inputs, evaluation.shallow, stack)
                 self._profiles[key] = _count(self._model, inputs)
         return self._profiles[key]
 
 
-def _beside(model: Any, deepcache: Any, inputs: Inputs, shallow: bool, stack: ExitStack) -> Inputs:
-    """Have the same helper on the model, in a run of two timesteps: a full one at 0, a shallow one at 1."""
+def _with_deepcache(model: Any, deepcache: Any, inputs: Inputs, shallow: bool, stack: ExitStack) -> Inputs:
+    """Enable DeepCache on the model with the same settings, and return the inputs of a full or a shallow step.
+
+    The model then has a run of two timesteps: 0 is a full step, and 1 is a shallow one.
+    """
     pipe = SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=[0, 1]))
     helper = type(deepcache)(pipe=pipe)
     helper.params = deepcache.params
@@ -161,8 +168,8 @@ def _beside(model: Any, deepcache: Any, inputs: Inputs, shallow: bool, stack: Ex
 
 
 def _count(model: Any, inputs: Inputs) -> _Profile:
-    args, kwargs = map_tensors(lambda tensor: tensor, inputs)  # HunyuanDiT empties the list of its controls
-    if hasattr(model, "_tome_info"):  # tomesd notes the sample's size in a hook, which the copy has not
+    args, kwargs = map_tensors(lambda tensor: tensor, inputs)  # new lists, because HunyuanDiT empties that of controls
+    if hasattr(model, "_tome_info"):  # tomesd records the sample's size in a hook, which the copy does not have
         model._tome_info["size"] = tensors_in(sample_of(inputs))[0].shape[2:]
     profile = _Profile()
     counter = FlopCounterMode(display=False)

@@ -1,7 +1,7 @@
-"""Running beside DeepCache (Ma et al. 2023, the `DeepCache` package 0.1.1), which skips the deep layers in most steps.
+"""Integration of DeepCache (Ma et al. 2023, the `DeepCache` package 0.1.1), which skips the deep layers in most steps.
 
-DeepCache keeps deep features from its last full step. They do not fit once guidance is dropped and the batch halved,
-and every cross-attention layer must be evaluated in the step that stores: both steps must be full ones.
+Two steps must be full ones. In the step that stores, every cross-attention layer must compute. In the step in which
+the gate drops guidance, the batch is half as large, so the deep features of DeepCache's last full step do not fit.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from tgate_processors.errors import MissingPackageError, StateError
 
 
 def is_enabled(denoiser: torch.nn.Module) -> bool:
-    """Whether a DeepCache helper wraps the denoiser's forward."""
+    """Return whether a DeepCache helper wraps the denoiser's forward."""
     return getattr(denoiser.forward, "__qualname__", "").startswith("DeepCacheSDHelper.")
 
 
 def make_helper(pipe: Any, cache_interval: int, cache_branch_id: int) -> Any:
-    """A DeepCache helper for the pipeline, not enabled.
+    """Return a DeepCache helper for the pipeline, not yet enabled.
 
     Raises:
         ConfigError: An argument breaks its rule.
@@ -31,10 +31,10 @@ def make_helper(pipe: Any, cache_interval: int, cache_branch_id: int) -> Any:
     require_whole("cache_interval", cache_interval, least=1)
     require_whole("cache_branch_id", cache_branch_id, least=0)
     try:
-        from DeepCache import DeepCacheSDHelper  # an optional extra: imported only when asked for
+        from DeepCache import DeepCacheSDHelper  # an optional extra, so imported only here
     except ImportError as error:
         raise MissingPackageError(
-            "`DeepCache` must be installed to run beside it. Run `pip install 'tgate-processors[deepcache]'`."
+            "`DeepCache` must be installed to use it. Run `pip install 'tgate-processors[deepcache]'`."
         ) from error
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=cache_interval, cache_branch_id=cache_branch_id)
@@ -43,7 +43,9 @@ def make_helper(pipe: Any, cache_interval: int, cache_branch_id: int) -> Any:
 
 @contextmanager
 def enabled(helper: Any) -> Iterator[None]:
-    """DeepCache enabled for a while. Afterwards every module's `forward` is as before, its own attribute or none.
+    """Enable DeepCache inside of the context.
+
+    Afterwards each module has its own `forward` attribute again, or none if it had none before.
 
     Raises:
         StateError: A DeepCache helper is enabled on the pipeline already.
@@ -53,7 +55,7 @@ def enabled(helper: Any) -> Iterator[None]:
         raise StateError(
             "`pipe` must not have DeepCache enabled already, got an enabled helper. Call its `disable()` first."
         )
-    with attributes_restored(denoiser, "forward"):  # `disable` leaves one where there was none
+    with attributes_restored(denoiser, "forward"):  # `disable` leaves a `forward` attribute on each module
         helper.enable()
         try:
             yield
@@ -62,7 +64,7 @@ def enabled(helper: Any) -> Iterator[None]:
 
 
 class DeepFeatures:
-    """What DeepCache keeps in one run: forgotten where it does not fit the gate.
+    """DeepCache's deep features in one run. They are cleared when they do not fit the gate.
 
     Args:
         helper: The `DeepCacheSDHelper` that is enabled on the denoiser.
@@ -74,24 +76,24 @@ class DeepFeatures:
         self._mode: StepMode | None = None
 
     def before(self, batch: int, mode: StepMode, call: int) -> None:
-        """Make the next evaluation a full one, where the batch changes and where attention is stored."""
+        """Make the next evaluation a full one if the batch has changed or if cross-attention is stored."""
         if batch != self._batch or (mode.cross_attention.stores and mode is not self._mode):
             self._forget()
         self._batch, self._mode = batch, mode
 
     def left_out(self) -> None:
-        """Nothing: no UNet that it takes has a call for each branch."""
+        """Do nothing, because no UNet that DeepCache supports has a call for each branch."""
 
     def was_shallow(self) -> bool:
-        """Whether the last evaluation skipped the deep layers."""
+        """Return whether the last evaluation skipped the deep layers."""
         since = self._helper.cur_timestep - self._helper.start_timestep
         return bool(since % self._helper.params["cache_interval"])
 
     def forget(self, *, ended: bool) -> None:
-        """Let the deep features go."""
+        """Clear the deep features."""
         self._forget()
 
     def _forget(self) -> None:
-        """Let the deep features go: DeepCache's interval begins anew with the next evaluation."""
+        """Clear the deep features. DeepCache's interval begins anew with the next evaluation."""
         self._helper.cached_output.clear()
         self._helper.start_timestep = None

@@ -1,4 +1,4 @@
-"""What is known of each pipeline class and cannot be asked of its instances. Facts are of diffusers 0.42."""
+"""Facts of each pipeline class that its instances do not tell. They hold for diffusers 0.42."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -23,7 +23,7 @@ class Guidance(Enum):
 
     @property
     def has_halves(self) -> bool:
-        """Whether both branches are in one batch, of which a half is dropped."""
+        """Whether one batch has both branches, so that the gate can drop half of it."""
         return self in (
             Guidance.HALVES,
             Guidance.HALVES_POSITIVE_FIRST,
@@ -33,18 +33,18 @@ class Guidance(Enum):
 
     @property
     def can_be_dropped(self) -> bool:
-        """Whether a branch of it can be left out."""
+        """Whether the gate can leave out a branch."""
         return self.has_halves or self is Guidance.CALLS
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a pipeline class and cannot be asked of its instances.
+    """Facts of a pipeline class that its instances do not tell.
 
     Args:
-        guidance: How its branches are evaluated.
-        branch: The branch that is denoised after the gate unless the configuration names one.
-        begins_guided: Whether later steps read what both branches kept in the first.
+        guidance: How the pipeline evaluates its branches.
+        branch: Branch that goes on after the gate, unless the configuration names one.
+        begins_guided: Whether later steps need what both branches computed in the first step.
     """
 
     guidance: Guidance = Guidance.HALVES
@@ -53,7 +53,7 @@ class Family:
 
 
 def class_names(value: Any) -> list[str]:
-    """The names of an object's class and of all that it inherits from, the nearest first."""
+    """Return the names of an object's class and of its base classes, the nearest first."""
     return [cls.__name__ for cls in type(value).__mro__]
 
 
@@ -61,9 +61,9 @@ def _named(known: Known, names: str) -> dict[str, Known]:
     return dict.fromkeys(names.split(), known)
 
 
-# Each of these is run by the tests. A pipeline that derives from one of them is taken to be like it.
+# The tests run each of these classes. A class that derives from one of them is treated like it.
 FAMILIES = {
-    # Cross-attention is reused, and guidance is dropped.
+    # The gate reuses cross-attention and drops guidance.
     **_named(
         Family(),
         """
@@ -106,8 +106,9 @@ FAMILIES = {
         WanVACEPipeline WanVideoToVideoPipeline
         """,
     ),
-    # The original goes on with what it calls negative embeddings of Stable Video Diffusion, which are the image's: the
-    # second half. In the others the image enters beside cross-attention too, with zeros in the negative half.
+    # For Stable Video Diffusion the original goes on with the second half, which is the image's branch, although it
+    # calls these embeddings negative. In the other pipelines the image also enters outside cross-attention, and the
+    # negative half has zeros there.
     **_named(
         Family(branch="positive"),
         """
@@ -134,7 +135,7 @@ FAMILIES = {
         SanaSprintPipeline
         """,
     ),
-    # The text joins self-attention, so that guidance alone is dropped.
+    # The text joins self-attention, so the gate drops only guidance.
     **_named(Family(Guidance.CALLS, begins_guided=True), "QwenImage21Pipeline"),
     **_named(
         Family(),
@@ -192,7 +193,7 @@ FAMILIES = {
 }
 
 
-# Pipelines with nothing to leave out from a step on, and why.
+# Pipelines that `apply_tgate` refuses, each with the reason why the gate can leave nothing out.
 REFUSED = {
     **_named(
         "it differentiates its cross-attention maps in every step",
@@ -200,7 +201,7 @@ REFUSED = {
         StableDiffusionAttendAndExcitePipeline StableDiffusionPix2PixZeroPipeline
         """,
     ),
-    "StableDiffusionPanoramaPipeline": "it evaluates the denoiser for each view of a step, one after the other",
+    "StableDiffusionPanoramaPipeline": "it evaluates the denoiser for one view after the other in each step",
     "StableDiffusionParadigmsPipeline": "it denoises many steps in one batch",
     "StableDiffusionSAGPipeline": "it evaluates the denoiser again on a blurred picture in every step",
     **_named(
@@ -217,7 +218,7 @@ REFUSED = {
         """,
     ),
     **_named(
-        "it does no guidance in its loop, and its text joins self-attention, so that there is nothing to leave out",
+        "it does no guidance in its loop, and its text joins self-attention, so there is nothing to leave out",
         """
         Flux2KleinKVPipeline Flux2Pipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline
         FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlPipeline FluxFillPipeline
@@ -226,7 +227,7 @@ REFUSED = {
         """,
     ),
     **_named(
-        "its guidance is of three parts, and its text joins self-attention",
+        "its guidance has three parts, and its text joins self-attention",
         """
         StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline
         """,
@@ -240,7 +241,7 @@ REFUSED = {
         """,
     ),
     **_named(
-        "its loops are of other pipelines: gate `pipe.prior_pipe` and `pipe.decoder_pipe`, and call these",
+        "its loops belong to other pipelines: gate `pipe.prior_pipe` and `pipe.decoder_pipe`, and call these",
         """
         KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyInpaintCombinedPipeline
         KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline KandinskyV22InpaintCombinedPipeline
@@ -248,7 +249,7 @@ REFUSED = {
         """,
     ),
     **_named(
-        "it denoises a text, in blocks of as many steps as it takes",
+        "it denoises text in blocks, each with as many steps as it needs",
         """
         DiffusionGemmaPipeline LLaDA2Pipeline
         """,
@@ -261,13 +262,13 @@ REFUSED = {
         """,
     ),
     **_named(
-        "its cross-attention attends to the sound itself, in every step anew",
+        "its cross-attention attends to the sound itself, which changes in every step",
         """
         AudioLDMPipeline MusicLDMPipeline
         """,
     ),
     "AnyFlowFARPipeline": "it keeps keys and values of both branches from one chunk of frames to the next",
-    "HeliosPyramidPipeline": "it denoises in stages, each a loop of its own of few steps",
+    "HeliosPyramidPipeline": "it denoises in stages, each with a short loop of its own",
     "SanaWMLTX2Refiner": "it refines the video of another pipeline, without guidance",
     **_named(
         "its loops have schedulers of their own, and none is `pipe.scheduler`",
@@ -283,7 +284,7 @@ REFUSED = {
         "it does not run in diffusers 0.42, whose blocks do not take its arguments"
     ),
     "LTXI2VLongMultiPromptPipeline": (
-        "it hands its callback other latents than it takes back, so that none can be passed"
+        "it gives its callback other latents than it takes back, so no callback can be passed"
     ),
-    "Ideogram4Pipeline": "its negative branch is a network of its own, with a sequence of another length",
+    "Ideogram4Pipeline": "its negative branch is a separate network, with a sequence of another length",
 }

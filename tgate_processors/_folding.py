@@ -1,7 +1,7 @@
-"""A denoiser's inputs and outputs, and their halves: one branch of a doubled batch goes in, both come out.
+"""Halves of a denoiser's inputs and outputs: one branch of a doubled batch goes in, and both branches come out.
 
-The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, and need not know. A batch is a tensor, or a
-list of pictures for a network that takes lists (Z-Image).
+The pipeline then computes `u + scale * (u - u)`, which is `u` exactly, so its guidance formula works unchanged. A
+batch is a tensor, or a list of pictures if the network takes lists (Z-Image).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +17,13 @@ Batch = torch.Tensor | list[torch.Tensor]
 
 
 def sample_of(inputs: Inputs) -> Batch:
-    """The noisy sample among a denoiser's positional and keyword arguments: `(batch, ...)`, or a list of pictures."""
+    """Return the noisy sample among a denoiser's arguments: `(batch, ...)`, or a list of pictures.
+
+    The sample is the first floating-point argument. If there is none, it is the first other tensor, such as indices.
+    """
     args, kwargs = inputs
     named = (kwargs.get(name) for name in ("sample", "hidden_states", "vision_tokens"))
-    others: list[Batch] = []  # such as indices: the sample where there is nothing else
+    others: list[Batch] = []
     for value in (*args, *named, *kwargs.values()):
         tensors = tensors_in(value)
         if tensors and tensors[0].is_floating_point():
@@ -31,19 +34,19 @@ def sample_of(inputs: Inputs) -> Batch:
 
 
 def batch_of(inputs: Inputs) -> int:
-    """How many rows the noisy sample has."""
+    """Return the number of rows of the noisy sample."""
     return len(sample_of(inputs))
 
 
 def rows_of(output: Any, inputs: Inputs) -> int:
-    """How many rows a network's output has."""
+    """Return the number of rows of a network's output."""
     value = next(iter(output.values() if isinstance(output, Mapping) else output))
     if isinstance(value, list) and isinstance(sample_of(inputs), list):
         return len(value)
     return tensors_in(output)[0].shape[0]
 
 
-# Positions in the picture, the same for every branch.
+# Arguments with positions in the picture, which are the same for every branch.
 UNBATCHED = {
     "image_rotary_emb",
     "img_ids",
@@ -52,18 +55,19 @@ UNBATCHED = {
     "txt_ids",
 }
 
-# A Python list with an item for each row.
+# Arguments that are a Python list with an item for each row.
 LISTED = {"shape_list"}
 
-# The texts of several layers of an encoder, `(layers, batch, ...)` (HiDream).
+# Arguments with the text from several layers of an encoder, `(layers, batch, ...)` (HiDream).
 BATCHED_SECOND = {"encoder_hidden_states_llama3"}
 
-# What people hand to their own processors, in diffusers 0.42. Of these the names of diffusers are known.
+# Arguments whose items diffusers 0.42 passes on to the processors, and the names of the items that diffusers itself
+# uses. Any other item belongs to a processor of the user.
 ATTENTION_KWARGS = {"attention_kwargs", "cross_attention_kwargs", "joint_attention_kwargs"}
 KNOWN_ATTENTION_KWARGS = {"attention_mask", "gligen", "ip_adapter_image_embeds", "ip_adapter_masks", "scale"}
 
-# What side networks add. In guess mode a ControlNet sees the positive branch alone and the negative one is given
-# zeros, so the control is in the second half; else both halves are the same after the gate.
+# Arguments with the outputs of side networks. The second half is always taken. In guess mode a ControlNet computes
+# only the positive branch, and the first half has zeros. Otherwise both halves are equal after the gate.
 CONTROLS = {
     "controlnet_block_samples",
     "down_block_additional_residuals",
@@ -73,18 +77,19 @@ CONTROLS = {
 
 
 def timestep_of(inputs: Inputs) -> Any:
-    """The timestep among a denoiser's arguments: the second, or the one of that name."""
+    """Return the timestep: the denoiser's second argument, or the one of that name."""
     args, kwargs = inputs
     return args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs.get("timestep")
 
 
 def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
-    """One half of every batched tensor in `inputs`, nested ones too. No copy is made.
+    """Return `inputs` with one half of every batched tensor, including nested ones. It copies no tensor.
 
-    A tensor is batched where its first dimension is a multiple of the batch: AnimateDiff has an embedding a frame.
+    A tensor is batched if its first dimension is a multiple of the batch. It may be a larger multiple, because
+    AnimateDiff has an embedding for each frame.
 
     Args:
-        inputs: A denoiser's positional and keyword arguments.
+        inputs: Positional and keyword arguments of a denoiser.
         batch: Size of the doubled batch.
         first: Whether to take the first half.
     """
@@ -95,11 +100,11 @@ def take_half(inputs: Inputs, batch: int, *, first: bool) -> Inputs:
 
 @dataclass(frozen=True)
 class _Half:
-    """One half of a batch.
+    """Takes one half of each batched value.
 
     Args:
         batch: Size of the doubled batch.
-        first: Whether it is the first.
+        first: Whether to take the first half.
         in_lists: Whether the network takes lists with an item for each picture.
     """
 
@@ -108,7 +113,7 @@ class _Half:
     in_lists: bool
 
     def named(self, name: str, value: Any) -> Any:
-        """The half of a keyword argument."""
+        """Return the half of a keyword argument."""
         if name in UNBATCHED:
             return value
         if name in LISTED:
@@ -120,24 +125,27 @@ class _Half:
         return (replace(self, first=False) if name in CONTROLS else self).of(value)
 
     def of(self, value: Any) -> Any:
-        """The half of what is batched in a value, nested ones too."""
+        """Return a value with one half of every batched tensor or list in it."""
         if self.in_lists and isinstance(value, list):
-            return self.of_list(value)  # what is in an item is not batched
+            return self.of_list(value)  # the tensors in an item are not batched
         return map_tensors(self.of_tensor, value)
 
     def of_list(self, value: Any) -> Any:
-        """The half of a list that has an item for each row."""
+        """Return the half of a list, if it has an item for each row."""
         if not isinstance(value, list) or len(value) != self.batch:
             return value
         return value[: self.batch // 2] if self.first else value[self.batch // 2 :]
 
     def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The half of a tensor, if it is batched."""
+        """Return the half of a tensor, if it is batched."""
         return half_of(tensor, first=self.first) if _is_batched(tensor, self.batch) else tensor
 
 
 def ambiguous_argument(inputs: Inputs, batch: int) -> str | None:
-    """The name of an attention argument of somebody's own that may be batched or not, such as masks of regions."""
+    """Return the name of an attention argument that may be batched or not; None if there is none.
+
+    Only arguments that diffusers itself does not use are ambiguous, such as masks of regions for a custom processor.
+    """
     for name in ATTENTION_KWARGS & inputs[1].keys():
         for key, value in (inputs[1][name] or {}).items():
             if key not in KNOWN_ATTENTION_KWARGS and any(_is_batched(tensor, batch) for tensor in tensors_in(value)):
@@ -150,26 +158,28 @@ def _is_batched(tensor: torch.Tensor, batch: int) -> bool:
 
 
 def half_of(tensor: torch.Tensor, *, first: bool) -> torch.Tensor:
-    """One half of a batch, `(batch // 2, ...)`."""
+    """Return one half of a batch, `(batch // 2, ...)`."""
     return tensor.chunk(2)[0 if first else 1]
 
 
 def mean_of_halves(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of the two halves of a batch, `(batch // 2, ...)`."""
+    """Return the mean of the two halves of a batch, `(batch // 2, ...)`."""
     first, second = tensor.chunk(2)
-    return first / 2 + second / 2  # each halved first: the sum may overflow in half precision
+    return first / 2 + second / 2  # `(first + second) / 2` may overflow in half precision
 
 
 def double(output: Any) -> Any:
-    """Both halves of a denoiser's output, or of a side network's, from its one branch."""
+    """Return the output of one branch twice, as both halves of a doubled batch."""
     return map_tensors(lambda tensor: torch.cat([tensor, tensor]), output)
 
 
 def difference_of_halves(output: Any, *, first: bool) -> list[torch.Tensor]:
-    """What the other branch puts out less what the one that goes on does, of each tensor in a denoiser's output.
+    """Return the difference of the two branches, for each tensor in a denoiser's output.
+
+    The difference is the other branch minus the branch that goes on.
 
     Args:
-        output: The output of both branches.
+        output: Output of both branches.
         first: Whether the first half goes on.
     """
     pairs = (tensor.chunk(2) if first else tensor.chunk(2)[::-1] for tensor in tensors_in(output))
@@ -177,18 +187,24 @@ def difference_of_halves(output: Any, *, first: bool) -> list[torch.Tensor]:
 
 
 def difference(one: Any, other: Any) -> list[torch.Tensor]:
-    """What another branch puts out less what the one that goes on does, of each tensor in a denoiser's outputs."""
-    return [theirs - its for its, theirs in zip(tensors_in(one), tensors_in(other), strict=True)]
+    """Return `other` minus `one`, for each tensor in the outputs of two branches. The branch of `one` goes on."""
+    return [second - first for first, second in zip(tensors_in(one), tensors_in(other), strict=True)]
 
 
 def plus(output: Any, differences: Iterable[torch.Tensor]) -> Any:
-    """The output of another branch, from that of the branch that goes on and what the other one differs by."""
+    """Return the output of another branch: the output of the branch that goes on plus the differences."""
     rest = iter(differences)
     return map_tensors(lambda tensor: tensor + next(rest), output)
 
 
 def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: bool) -> Any:
-    """Both halves of a denoiser's output, from the branch that goes on and what the other one differs by."""
+    """Return both halves of a denoiser's output: the branch that goes on, and the same plus the differences.
+
+    Args:
+        output: Output of the branch that goes on.
+        differences: What the other branch differs by, for each tensor in `output`.
+        first: Whether the branch that goes on is the first half.
+    """
     others = iter(tensors_in(plus(output, differences)))
 
     def join(tensor: torch.Tensor) -> torch.Tensor:
@@ -198,18 +214,18 @@ def with_difference(output: Any, differences: Iterable[torch.Tensor], *, first: 
 
 
 def halves_are_equal(sample: Batch) -> bool:
-    """Whether a batch is one sample per picture, doubled for guidance. Synchronises with the device."""
+    """Return whether the two halves of a batch are equal, as guidance makes them. This waits for the device."""
     half, rest = divmod(len(sample), 2)
     return not rest and all(torch.equal(*pair) for pair in zip(sample[:half], sample[half:], strict=True))
 
 
 def has_lists(output: Any) -> bool:
-    """Whether a network puts its pictures out in a list."""
+    """Return whether a network's output has its pictures in a list."""
     return any(isinstance(value, list) for value in (output.values() if isinstance(output, Mapping) else output))
 
 
 def as_tensors(output: Any) -> Any:
-    """The output of a network with a tensor `(batch, ...)` for each list of pictures."""
+    """Return a network's output with a tensor `(batch, ...)` instead of each list of pictures."""
     if isinstance(output, list):
         return torch.stack(output)
     if isinstance(output, Mapping):
@@ -223,7 +239,7 @@ def as_lists(output: Any) -> Any:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in mappings, lists and tuples, in order."""
+    """Return the tensors in nested mappings, lists and tuples, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -232,7 +248,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def map_tensors(change: Change, value: Any) -> Any:
-    """`value` with `change` applied to each tensor in it, in mappings, lists and tuples."""
+    """Return `value` with `change` applied to each tensor in it, through nested mappings, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -243,6 +259,6 @@ def map_tensors(change: Change, value: Any) -> Any:
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same class; diffusers' outputs are dataclasses."""
+    """Return a mapping of the same class with these items. diffusers' outputs are dataclasses."""
     made: Any = type(value)
     return made(**items) if is_dataclass(value) else made(items)

@@ -1,4 +1,4 @@
-"""What the gated layers of a network do in the evaluation that is going on: put in before it, taken out after it."""
+"""State of a network's gated layers during an evaluation. It is put in before the evaluation and taken out after."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,28 +9,28 @@ from torch import Tensor
 from tgate_processors._modes import AttentionMode, StepMode
 
 
-Outputs = dict[str, list[Tensor]]  # of each layer by its name: one for each of its calls in an evaluation
+Outputs = dict[str, list[Tensor]]  # by layer name: an output for each call of the layer in an evaluation
 
 
 class LayerState:
-    """What one layer does in the evaluation that is going on. Between evaluations it computes.
+    """State of one layer during an evaluation. Between evaluations the layer only computes.
 
-    `torch.compile` guards on these, so they are few: the mode and what is stored, never the step.
+    `torch.compile` guards on the state, so it has the mode and the stored outputs but never the step.
 
     Attributes:
-        mode: What the layer does.
-        keeps_first_half: Which half of its output it keeps in the mode that stores a half.
-        offloads: Whether it keeps its output in the host's memory.
-        stored: What it may reuse, one output for each call, `(batch, tokens, channels)`.
-        new: What it has stored, each with the number of the call.
-        calls: How often it was called.
+        mode: Mode of the layer.
+        keeps_first_half: Whether the layer keeps the first half of its output in the mode that stores a half.
+        offloads: Whether the layer keeps its output in the host's memory.
+        stored: Outputs that the layer may reuse, one for each call, `(batch, tokens, channels)`.
+        new: Outputs that the layer has stored in this evaluation, each with the number of the call.
+        calls: Number of calls of the layer so far.
     """
 
     def __init__(self) -> None:
         self.rest()
 
     def rest(self) -> None:
-        """Only compute, as between evaluations."""
+        """Return to the state between evaluations, in which the layer only computes."""
         self.mode = AttentionMode.COMPUTE
         self.keeps_first_half = True
         self.offloads = False
@@ -40,17 +40,17 @@ class LayerState:
 
 
 class GatedLayer(Protocol):
-    """A gated processor, as its network knows it."""
+    """What a network uses of a gated processor."""
 
     is_cross_attention: bool
     state: LayerState
 
 
 class GatedLayers:
-    """The gated layers of one network.
+    """Gated layers of one network.
 
     Attributes:
-        is_retired: Whether they were taken off the network. Processors that somebody kept only compute then.
+        is_retired: Whether the gate was removed from the network. A processor that a caller kept only computes then.
     """
 
     def __init__(self) -> None:
@@ -64,15 +64,15 @@ class GatedLayers:
 
     @property
     def cross_attention(self) -> Collection[str]:
-        """The names of the cross-attention layers."""
+        """Names of the cross-attention layers."""
         return self._cross.keys()
 
     def number_in(self, mode: AttentionMode, step: StepMode) -> int:
-        """How many layers are in a mode in a step of this mode."""
+        """Return the number of layers that are in a mode during a step."""
         return len(self._cross) * (step.cross_attention is mode) + len(self._self) * (step.self_attention is mode)
 
     def hold(self, layers: Mapping[str, GatedLayer]) -> None:
-        """Have these layers from now on."""
+        """Replace the layers with these."""
         self._cross = {name: layer for name, layer in layers.items() if layer.is_cross_attention}
         self._self = {name: layer for name, layer in layers.items() if not layer.is_cross_attention}
 
@@ -88,17 +88,17 @@ class GatedLayers:
         """Begin an evaluation.
 
         Args:
-            mode: What the layers do.
-            stored: What they may reuse.
-            keeps_first_half: Which half is kept in a mode that stores a half.
-            offloads: Whether they keep their outputs in the host's memory.
-            watched: Cross-attention layers that hand their outputs out, though they only compute.
+            mode: Mode of the step.
+            stored: Outputs that the layers may reuse.
+            keeps_first_half: Whether the layers keep the first half of their outputs in a mode that stores a half.
+            offloads: Whether the layers keep their outputs in the host's memory.
+            watched: Names of cross-attention layers that store their outputs even if their mode is to compute.
         """
-        for layers, its_mode in ((self._cross, mode.cross_attention), (self._self, mode.self_attention)):
-            if its_mode is not AttentionMode.COMPUTE:
+        for layers, layer_mode in ((self._cross, mode.cross_attention), (self._self, mode.self_attention)):
+            if layer_mode is not AttentionMode.COMPUTE:
                 for name, layer in layers.items():
                     state = layer.state
-                    state.mode = its_mode
+                    state.mode = layer_mode
                     state.keeps_first_half = keeps_first_half
                     state.offloads = offloads
                     state.stored = stored.get(name, ())
@@ -110,7 +110,7 @@ class GatedLayers:
                 self._busy.append((name, state))
 
     def take_out(self) -> "Taken":
-        """End the evaluation: every layer only computes. Gives what they have stored."""
+        """End the evaluation, after which every layer only computes. Return what the layers have stored."""
         taken = Taken(self._cross.keys())
         for name, state in self._busy:
             if state.new:
@@ -122,26 +122,30 @@ class GatedLayers:
         return taken
 
     def set_aside(self) -> list[tuple[LayerState, dict[str, Any]]]:
-        """Interrupt the evaluation for a call from within it, which finds layers that only compute."""
+        """Interrupt the evaluation for a call made inside of it. The layers only compute until `go_on`.
+
+        Returns:
+            The interrupted state, for `go_on`.
+        """
         aside = [(state, dict(vars(state))) for _, state in self._busy]
         for state, _ in aside:
             state.rest()
         return aside
 
     def go_on(self, aside: list[tuple[LayerState, dict[str, Any]]]) -> None:
-        """Go on with the evaluation that was set aside."""
+        """Resume the evaluation that `set_aside` interrupted."""
         for state, values in aside:
             vars(state).update(values)
 
 
 @dataclass
 class Taken:
-    """What layers stored in an evaluation.
+    """Outputs that the layers stored in an evaluation.
 
     Args:
-        cross_attention: The names of the cross-attention layers.
-        new: The outputs of each layer that stored, each with the number of the call.
-        missed: Layers that computed, though they were asked to reuse what did not fit.
+        cross_attention: Names of the cross-attention layers.
+        new: Outputs of each layer that stored, each with the number of the call.
+        missed: Names of layers that computed instead of reusing, because their stored outputs did not fit.
     """
 
     cross_attention: Collection[str]

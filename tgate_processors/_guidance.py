@@ -1,7 +1,7 @@
-"""What of an evaluation is left out after the gate: strategies, one for each way to do classifier-free guidance.
+"""Strategies that say what the gate leaves out of an evaluation, one for each kind of classifier-free guidance.
 
-A strategy is made for one network in one run, and is asked in every evaluation: guidance may begin late, end early, or
-be cut by another callback.
+A strategy serves one network in one run. The run asks it in every evaluation, because guidance may begin late, end
+early, or be turned off by another callback.
 """
 
 import warnings
@@ -35,10 +35,10 @@ from tgate_processors.schedule import Branch
 
 
 class Whole:
-    """Nothing is left out: cross-attention alone is reused.
+    """Strategy that leaves nothing out, so that the gate only reuses cross-attention.
 
     Attributes:
-        keeps_first_half: Which half a layer keeps where it keeps a half.
+        keeps_first_half: Whether a layer that keeps a half keeps the first one.
     """
 
     keeps_first_half = True
@@ -46,70 +46,82 @@ class Whole:
     def has_halves(
         self, inputs: Inputs, does_guidance: bool | None, *, step: int, call: int, most_calls: int
     ) -> bool | None:
-        """Whether the batch is two halves, one of which can be dropped; None where nobody can say yet.
+        """Return whether the batch has two halves, one of which can be dropped; None if this is not known yet.
 
         Args:
-            inputs: What the network is called with.
-            does_guidance: What the pipeline says; None where it says nothing.
-            step: The step of the run, 0-based.
-            call: Which call for its timestep it is.
-            most_calls: The most calls that a timestep has had, this one among them.
+            inputs: Inputs of the call.
+            does_guidance: Whether the pipeline says that it does guidance; None if it does not say.
+            step: Step of the run, 0-based.
+            call: Number of the call for its timestep, from 0.
+            most_calls: Largest number of calls that a timestep has had, including this call.
         """
         return False
 
     def leaves_out(self, call: int) -> bool:
-        """Whether call number `call` for a timestep is left out where one branch is denoised."""
+        """Return whether call number `call` for a timestep is left out when one branch is denoised."""
         return False
 
     def half(self, tensor: torch.Tensor, phase: Phase) -> torch.Tensor:
-        """The half of a batched tensor that goes on."""
+        """Return the half of a batched tensor that goes on."""
         return half_of(tensor, first=self.takes_first_half(phase))
 
     def fold(self, inputs: Inputs, phase: Phase) -> Inputs:
-        """The branch that goes on, of a batch of two halves."""
+        """Return the inputs of the branch that goes on, from those of two halves."""
         return take_half(inputs, batch_of(inputs), first=self.takes_first_half(phase))
 
     def takes_first_half(self, phase: Phase) -> bool:
-        """Which half goes on where one branch is denoised."""
+        """Return whether the first half goes on when one branch is denoised."""
         return self.keeps_first_half
 
     def unfold(self, output: Any, step: int) -> Any:
-        """Both halves of the output of one, in a step of the run."""
+        """Return both halves of an output, from the output of the branch that goes on."""
         return output
 
     def answer(self, call: int, output: Any, step: int) -> Any:
-        """What a call is answered that is left out, from the output of the timestep's first call."""
+        """Return the answer to a call that is left out.
+
+        Args:
+            call: Number of the call for its timestep.
+            output: Output of the timestep's first call.
+            step: Step of the run.
+        """
         return output
 
     def note(self, call: int, output: Any, step: int, channels: int | None = None) -> None:
-        """See the guidance in the output of a call, where both branches are denoised.
+        """Keep the guidance in the output of a call, when both branches are denoised.
 
         Args:
-            call: Which call for its timestep it is.
-            output: Its output.
-            step: The step of the run.
+            call: Number of the call for its timestep.
+            output: Output of the call.
+            step: Step of the run.
             channels: Number of channels in the network's sample, if known.
         """
 
     def reduce(self, output: torch.Tensor) -> torch.Tensor:
-        """What is kept of a layer's output that was stored before anybody knew of its halves."""
+        """Return what is kept of a layer's output that was stored before the halves of its batch were known."""
         return output
 
     def merge(self, calls: list[Outputs]) -> Outputs:
-        """What the one call that is not left out reuses, of what each call of the step before the gate stored."""
+        """Return the outputs that the timestep's first call reuses after the gate.
+
+        Args:
+            calls: Outputs that each call of the step before the gate stored.
+        """
         return calls[0]
 
 
 class Halves(Whole):
-    """The batch is `[negative, positive]`, or the other way round: one half goes on.
+    """Strategy for a batch `[negative, positive]`, or the other way round. One half goes on.
 
     Args:
-        branch: Which branch goes on after the gate. Before guidance begins it is the positive one.
+        branch: Branch that goes on after the gate. Before guidance begins, the positive branch does.
         positive_first: Whether the batch begins with the positive branch.
-        looks: Whether the run looks again: layers then keep the half that goes on, and guidance is kept between looks.
-        is_denoiser: Whether the output is guided. That of a ControlNet is not.
-        is_tried: Whether the pipeline is known to do so in the first call for a timestep, and to say whether it does
-            guidance. Of others the halves must be seen to be equal, and a pipeline that calls several times has none.
+        looks: Whether the run has looks. Layers then keep the half that goes on, and the run keeps guidance between
+            looks.
+        is_denoiser: Whether the output is guided. A ControlNet's is not.
+        is_tried: Whether the pipeline's class is known. Then the first call for a timestep has the two halves, and the
+            pipeline says whether it does guidance. Otherwise the halves must prove to be equal, and a pipeline that
+            calls several times for a timestep is taken to have none.
     """
 
     def __init__(
@@ -126,14 +138,14 @@ class Halves(Whole):
         self._looks = looks
         self._keeps_guidance = looks and is_denoiser
         self._is_tried = is_tried
-        self._seen: dict[int, bool] = {}  # by batch: whether the halves of the sample were equal
+        self._seen: dict[int, bool] = {}  # by batch size: whether the halves of the sample were equal
         self._kept = KeptGuidance()
 
     def has_halves(
         self, inputs: Inputs, does_guidance: bool | None, *, step: int, call: int, most_calls: int
     ) -> bool | None:
         batch = batch_of(inputs)
-        # a ControlNet in guess mode is given the positive branch alone
+        # a ControlNet in guess mode gets only the positive branch
         if does_guidance is False or batch % 2 or inputs[1].get("guess_mode", False):
             return False
         if call or (most_calls > 1 and not self._is_tried):
@@ -145,7 +157,7 @@ class Halves(Whole):
         if does_guidance and self._is_tried:
             return True
         if step == 0:
-            return None  # two pictures may start from the same noise; in the next step they differ
+            return None  # two pictures may start from the same noise, but they differ in the next step
         if batch not in self._seen:
             self._seen[batch] = halves_are_equal(sample_of(inputs))
         return self._seen[batch]
@@ -170,7 +182,7 @@ class Halves(Whole):
 
 
 class Lists(Halves):
-    """Halves of a list of pictures: the network takes lists, and puts one out (Z-Image). Its ControlNet does not."""
+    """`Halves` for a network that takes and returns lists of pictures (Z-Image). Its ControlNet returns no lists."""
 
     def unfold(self, output: Any, step: int) -> Any:
         if not has_lists(output):
@@ -182,17 +194,19 @@ class Lists(Halves):
 
 
 class Calls(Whole):
-    """Each branch is a call, the positive one first: those after the first are left out.
+    """Strategy for a pipeline that calls the network once for each branch, the positive one first.
+
+    The calls after the first are left out.
 
     Args:
-        looks: Whether the run looks again: layers then keep what they put out for the first call, and guidance is kept
+        looks: Whether the run has looks. Layers then keep their outputs of the first call, and the run keeps guidance
             between looks.
     """
 
     def __init__(self, *, looks: bool) -> None:
         self._looks = looks
-        self._first: Any = None  # the output of a timestep's first call, at a look
-        self._kept: dict[int, KeptGuidance] = {}  # by call
+        self._first: Any = None  # output of a timestep's first call, at a look
+        self._kept: dict[int, KeptGuidance] = {}  # by the number of the call
 
     def leaves_out(self, call: int) -> bool:
         return call > 0
@@ -217,7 +231,7 @@ class Calls(Whole):
 
 
 def _fit(kept: list[torch.Tensor], output: Any) -> bool:
-    """Whether something is kept, and is of the size of an output."""
+    """Return whether any guidance is kept and has the shapes of the output."""
     return bool(kept) and [tensor.shape for tensor in kept] == _shapes(output)
 
 
@@ -226,7 +240,10 @@ def _shapes(output: Any) -> list[torch.Size]:
 
 
 def _mean(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The mean of a layer's outputs over the calls of the network, its first with the others' first, and so on."""
+    """Return the mean of a layer's outputs over the calls of the network.
+
+    The layer may run several times in each call. So its first outputs are averaged, then its second ones, and so on.
+    """
     means = []
     for same in zip(*outputs, strict=False):
         fitting = [output for output in same if output.shape == same[0].shape]
@@ -236,7 +253,7 @@ def _mean(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 
 def _warn_of_ambiguous(name: str) -> None:
     warnings.warn(
-        f"`{name}` among the attention arguments may have a row for each picture of the doubled batch, or not: both "
-        "branches of guidance are computed after the gate too, and cross-attention alone is reused.",
+        f"`{name}` among the attention arguments may or may not have a row for each picture of the doubled batch, so "
+        "after the gate both branches of guidance are computed, and only cross-attention is reused.",
         stacklevel=2,
     )

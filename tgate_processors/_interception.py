@@ -1,9 +1,9 @@
-"""Standing around a module's calls, outside of whatever compiles, offloads or hooks its forward.
+"""Interception of a module's calls, outside of compilation, offloading and hooks.
 
-A forward hook stands inside: `module.compile()` traces it, and it cannot leave the forward out. So the module gets a
-subclass of its own class with another `__call__`, as `torch.nn.utils.parametrize` and FSDP do. Nobody needs to know:
-the subclass compares equal to the class below (`from_pipe` looks for `type(module)` in a list), copies and pickles as
-that class, and comes off also where another class has been put over it since.
+A forward hook would be inside: `module.compile()` traces it, and it cannot leave out the forward pass. So the module
+gets a subclass of its own class with another `__call__`, as in `torch.nn.utils.parametrize` and FSDP. The subclass
+compares equal to the class below, because `from_pipe` looks up `type(module)` in a list. It copies and pickles as that
+class. `release` removes it even if another class has been put over it since.
 """
 
 import functools
@@ -18,14 +18,19 @@ from tgate_processors._disguise import disguised
 
 
 class Interceptor(Protocol):
-    """What stands around a module's calls."""
+    """Object that answers the calls of a module."""
 
     def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the caller gets; `forward` is the module's own call."""
+        """Return what the caller gets.
+
+        Args:
+            forward: The module's own call.
+            args, kwargs: Arguments of the call.
+        """
 
 
 def interceptor_of(module: torch.nn.Module) -> Any:
-    """Who stands around the module's calls, or those of the module that `torch.compile` wrapped; None if nobody."""
+    """Return the interceptor of a module, or of the module that `torch.compile` wrapped; None if there is none."""
     for candidate in (module, getattr(module, "_orig_mod", module)):
         interceptor = getattr(type(candidate), "_tgate_interceptor", None)
         if interceptor is not None:
@@ -34,7 +39,7 @@ def interceptor_of(module: torch.nn.Module) -> Any:
 
 
 def intercept(module: torch.nn.Module, interceptor: Interceptor) -> None:
-    """Have `interceptor` stand around every call of `module`, until `release`."""
+    """Let `interceptor` answer every call of `module`, until `release`."""
     _set_class(module, _intercepted_class(type(module), weakref.ref(module), interceptor))
 
 
@@ -47,14 +52,14 @@ def release(module: torch.nn.Module) -> None:
     below = ours.__bases__[0]
     if type(module) is ours:
         _set_class(module, below)
-    for above in mro:  # FSDP and parametrizations make a class of the module's own, over this one
+    for above in mro:  # FSDP and parametrizations put a class over this one, for this module alone
         if ours in above.__bases__:
             above.__bases__ = tuple(below if base is ours else base for base in above.__bases__)
 
 
 @contextmanager
 def attributes_restored(network: torch.nn.Module, *names: str) -> Iterator[None]:
-    """Afterwards no module of the network has an attribute of these names of its own that had none before."""
+    """Remove, on exit, each attribute of these names from every module of the network that did not have it before."""
     absent = [(module, name) for module in network.modules() for name in names if vars(module).get(name) is None]
     try:
         yield
@@ -64,15 +69,15 @@ def attributes_restored(network: torch.nn.Module, *names: str) -> Iterator[None]
 
 
 def _set_class(module: torch.nn.Module, cls: type) -> None:
-    # Past `OptimizedModule.__setattr__`, which would write to the module that it wraps.
+    # `OptimizedModule.__setattr__` would write to the module that it wraps.
     object.__setattr__(module, "__class__", cls)
 
 
 def _intercepted_class(base: Any, intercepted: "weakref.ref[torch.nn.Module]", interceptor: Interceptor) -> type:
-    # Not `recursive`: `torch.compile` of the intercepted module shall compile what is called here.
+    # Not `recursive`, so that `torch.compile` of the intercepted module compiles the call inside.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if intercepted() is not self:  # made by its class, as a copy may be: nobody asked for it
+        if intercepted() is not self:  # another module of this class, such as a copy, is not intercepted
             return base.__call__(self, *args, **kwargs)
         return interceptor.around(functools.partial(base.__call__, self), args, kwargs)
 

@@ -1,8 +1,8 @@
-"""A pipeline's denoising loop: which of its networks' calls are its run's, and in which step each is.
+"""A pipeline's denoising loop. It finds out which calls of a network belong to its run, and in which step each is.
 
-Where a timestep lies in the memory of `scheduler.timesteps` says it, without asking the device. Some pipelines convert
-the timestep on the way, more in half precision; there the loop's own variable says it, or else the callback, or the
-count of evaluations.
+The place of a call's timestep in the memory of `scheduler.timesteps` tells both, without waiting for the device. Some
+pipelines convert the timestep before it reaches the network, and more do so in half precision. There the loop's own
+variable `t` or `timestep` tells them; failing that, the callback or the count of evaluations.
 """
 
 import functools
@@ -30,19 +30,19 @@ from tgate_processors.schedule import TGateConfig
 
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 8  # in which cross-attention hardly converges before the run is over
-LEAST_CALLS_WITHOUT_CALLBACK = 4  # in a step of a pipeline that may call several times, before one is missed
+FEW_STEPS = 8  # in so few steps cross-attention hardly converges before the run is over
+LEAST_CALLS_WITHOUT_CALLBACK = 4  # a step may have several calls, so fewer without the callback are no error
 
 
 class PipelineRun(Run):
     """A run of a pipeline.
 
     Attributes:
-        timesteps: The scheduler's, when it began.
-        first: Where in these it began.
-        thread: The thread that it runs in.
-        is_seen: Whether its timesteps are views of the scheduler's, so that these say the step.
-        last_callback: The last step that the callback was called with.
+        timesteps: The scheduler's timesteps when the run began.
+        first: Index in `timesteps` at which the run began.
+        thread: Identifier of the thread that the run is in.
+        is_seen: Whether the network's timesteps are views of the scheduler's, so that they tell the step.
+        last_callback: Last step that the callback was called with.
     """
 
     def __init__(self, pipe: Any, config: TGateConfig, first: int | None) -> None:
@@ -60,22 +60,23 @@ class Loop:
     Args:
         pipe: The pipeline.
         config: The gate's settings.
-        deepcache: The `DeepCacheSDHelper` that is enabled on the denoiser, where there is one.
-        watches_all: Whether all cross-attention is watched throughout, to measure, and the gate never closes.
+        deepcache: The `DeepCacheSDHelper` that is enabled on the denoiser, if any.
+        watches_all: Whether a run watches all cross-attention throughout in order to measure it, and never closes its
+            gate.
 
     Attributes:
-        run: The run that is going on, or the last.
-        denoisers, side_networks: What it evaluates.
-        reuses_self_attention: Whether a run may.
-        drops_guidance_alone: Whether nothing but guidance is left out: no denoiser has cross-attention of its own.
-        deepcache: The helper.
+        run: The current run, or the last one.
+        denoisers, side_networks: The networks that the loop evaluates.
+        reuses_self_attention: Whether a run may reuse self-attention.
+        drops_guidance_alone: Whether the gate drops only guidance, because no denoiser has cross-attention of its own.
+        deepcache: The enabled `DeepCacheSDHelper`, if any.
     """
 
     def __init__(self, pipe: Any, config: TGateConfig, *, deepcache: Any = None, watches_all: bool = False) -> None:
         self.pipe = pipe
         self.config = config
         self.run: PipelineRun | None = None
-        # Each once: one module may stand in two places.
+        # Each network once, because one module may be two components.
         self.denoisers = list({id(m): GatedNetwork.of(m) for m in pipelines.denoisers_of(pipe)}.values())
         self.side_networks = list({id(m): GatedNetwork.of(m) for m in pipelines.side_networks_of(pipe)}.values())
         self.reuses_self_attention = config.reuses_self_attention
@@ -85,48 +86,54 @@ class Loop:
         self._takes_callback = pipelines.takes_callback(pipe)
         self.deepcache = deepcache
         self._watches_all = watches_all
-        self._warned: set[str] = set()  # of which arguments
-        self._overtaken: dict[int, Any] = {}  # by thread: timesteps of a run that another thread's has ended
+        self._warned: set[str] = set()  # arguments that a warning has named
+        self._overtaken: dict[int, Any] = {}  # by thread: timesteps of its run that another thread's run has ended
 
     @property
     def networks(self) -> list[GatedNetwork]:
-        """All that it evaluates."""
+        """All networks that the loop evaluates."""
         return [*self.denoisers, *self.side_networks]
 
     @property
     def changes(self) -> list[list[float]]:
-        """The changes of the watched layers of the denoiser in the last run, as `Watch` has them."""
+        """Changes of the denoiser's watched layers in the last run, as in `Watch`."""
         part = None if self.run is None else self.run.parts.get(self.denoisers[0].layers)
         return [] if part is None else part.watch.changes
 
     def replaced_networks(self) -> list[torch.nn.Module]:
-        """Gated networks that the pipeline no longer has."""
+        """Return the gated networks that the pipeline no longer has."""
         try:
             has = [*pipelines.denoisers_of(self.pipe), *pipelines.side_networks_of(self.pipe)]
-        except UnsupportedPipelineError:  # it has no denoiser at all
+        except UnsupportedPipelineError:  # the pipeline has no denoiser at all
             has = []
         still = {id(module) for one in has for module in (one, getattr(one, "_orig_mod", one))}
         return [network.module for network in self.networks if id(network.module) not in still]
 
     def _is_whole(self) -> bool:
-        """Whether it still evaluates all networks that were gated for it."""
+        """Return whether the pipeline still has all networks that were gated for it, and they are still gated."""
         return all(self in network.loops for network in self.networks) and not self.replaced_networks()
 
     def does_guidance(self) -> bool | None:
-        """Whether the pipeline does guidance now; None where it does not say."""
+        """Return whether the pipeline does guidance now; None if it does not say."""
         return pipelines.does_guidance(self.pipe, self._family.guidance)
 
-    # Whose call it is
+    # Which calls belong to a run
 
     def claim(self, network: GatedNetwork, timestep: Any) -> Part | None:
-        """What the run keeps of the network, if a call that the pipeline makes is the run's next or begins one.
+        """Return the run's part for a network, if a call of the pipeline is the run's next or begins a run.
+
+        Otherwise the call belongs to no run, and this returns None.
+
+        Args:
+            network: The network that is called.
+            timestep: Timestep of the call.
 
         Raises:
-            StateError: Another thread has begun a run meanwhile, or the callback was not passed where it is needed.
+            StateError: Another thread has begun a run meanwhile, or the callback is needed and was not passed.
         """
         run, now = self.run, self.pipe.scheduler.timesteps
         if position_in(timestep, now) is None:
-            # what it was converted from, as diffusers' loops name it
+            # the timestep before its conversion, in a variable of the loop with one of diffusers' two names
             variables = (local_of(self.pipe, name) for name in ("t", "timestep"))
             timestep = next((value for value in variables if value is not None), None)
         self._check_is_not_overtaken(timestep)
@@ -135,7 +142,7 @@ class Loop:
             if position is not None and self._is_next(run, network, position - run.first):
                 return self._part(run, network)
         position = position_in(timestep, now)
-        if run is None or run.timesteps is not now or self._is_anothers(run, position):
+        if run is None or run.timesteps is not now or self._belongs_to_another_run(run, position):
             run = self._begin(position)
         elif run.is_seen:
             if position != run.first:
@@ -145,13 +152,20 @@ class Loop:
             return None
         return self._part(run, network)
 
-    def _is_anothers(self, run: PipelineRun, position: int | None) -> bool:
-        """Whether a call that no timestep assigns to a run is not of this one: it is over, or of another thread."""
+    def _belongs_to_another_run(self, run: PipelineRun, position: int | None) -> bool:
+        """Return whether a call belongs to another run than this one, if no timestep assigns the call to a run.
+
+        That is so if this run is over, or is in another thread.
+        """
         is_assigned = run.is_seen and position is not None
         return not is_assigned and (run.is_over or run.thread != threading.get_ident())
 
     def leaves(self, stack: Sequence[Any]) -> None:
-        """Let the run go where its pipeline is no longer running in this thread: it failed, or was cancelled."""
+        """Stop the run if its pipeline is no longer running in this thread, because it failed or was cancelled.
+
+        Args:
+            stack: Callers in this thread.
+        """
         run = self.run
         if run is not None and not run.is_over and run.thread == threading.get_ident() and self.pipe not in stack:
             run.stop()
@@ -167,13 +181,17 @@ class Loop:
         return False
 
     def _most_calls(self, run: PipelineRun, part: Part | None) -> int | None:
-        """How many calls of a network one timestep may have; None where nobody knows."""
+        """Return the largest number of calls of a network that one timestep may have; None if it is unknown."""
         if self._family.guidance is Guidance.CALLS:
             return 2 if part is None or part.closes_late or not run.closed else max(1, part.most_calls)
         return 1 if self._is_tried and self._family.guidance is not Guidance.HALVES_THEN_CALLS else None
 
     def _counts(self, run: PipelineRun, network: GatedNetwork) -> bool:
-        """Whether a call is the next of a run whose steps the callback or the count of evaluations say."""
+        """Return whether a call is the next of a run in which the callback or the count of evaluations tells the step.
+
+        Raises:
+            StateError: The callback was not passed.
+        """
         part = run.parts.get(network.layers)
         most = self._most_calls(run, part)
         calls = 0 if part is None else part.calls
@@ -193,51 +211,54 @@ class Loop:
     # From step to step
 
     def was_evaluated(self, network: GatedNetwork) -> None:
-        """Take note of an evaluation, and move the run where nobody else does."""
+        """Note an evaluation, and move the run on if neither the timestep nor the callback does."""
         run = self.run
         if run is None or run.is_over or network not in self.denoisers:
             return
         part = run.parts[network.layers]
-        # A network that is called first in the last step has as many calls to come as the others had.
+        # A network whose first call is in the last step gets as many calls there as the other networks had.
         most = max(one.most_calls for one in run.parts.values())
         is_known = run.position > 0 or self._most_calls(run, part) == 1
         is_last = is_known and run.position == run.clock.num_evaluations - 1 and part.calls == most
-        is_ended = is_last and run.last_callback < 0  # else the callback ends it
+        is_ended = is_last and run.last_callback < 0  # otherwise the callback ends the run
         if is_ended or not (run.is_seen or self._takes_callback):
             self._move(run, run.position + 1)
 
     def _move(self, run: PipelineRun, position: int) -> None:
-        """Go to an evaluation of the run; past the last one, say what it did not save."""
+        """Go to an evaluation of the run. Past the last one, warn if the run saved little or nothing."""
         if not run.is_over:
             run.move_to(position)
             if run.is_over and not self._watches_all:
-                self._say_what_was_not_saved(run)
+                self._warn_if_nothing_was_saved(run)
 
-    def _say_what_was_not_saved(self, run: PipelineRun) -> None:
-        """Say it of a run that has come to its end; one that failed or was cancelled had no chance."""
+    def _warn_if_nothing_was_saved(self, run: PipelineRun) -> None:
+        """Warn if a completed run saved nothing, or dropped no guidance.
+
+        A run that failed or was cancelled does not come here, because it might have saved something later.
+        """
         steps = run.clock.num_steps
         if run.gate_step >= steps:
-            self._warn("gate_step", self._that_it_never_closed(steps))
+            self._warn("gate_step", self._never_closed_message(steps))
         elif self.drops_guidance_alone:
             if not run.dropped_guidance:
                 self._warn(
                     "guidance",
-                    f"`pipe` should do guidance in this run, got none from the {type(self.pipe).__name__}: nothing "
-                    "else can be left out of it, and the gate does nothing. Turn guidance on, or run without T-GATE.",
+                    f"`pipe` should do guidance in this run, got none from the {type(self.pipe).__name__}: the gate "
+                    "could leave out nothing else, so it did nothing. Turn guidance on, or run without T-GATE.",
                 )
         elif not any(part.saved for part in run.parts.values()):
             self._warn(
                 "saved",
                 "`gate_step` should be past the steps in which the latents change their size or batch, or another "
-                f"network begins, got {self.config.gate_step} of {steps}: nothing that was stored fitted the steps "
-                "after the gate, so the run saved nothing. Pass a later one, or run without T-GATE.",
+                f"network begins, got {self.config.gate_step} of {steps}: no stored output fitted the steps after the "
+                "gate, so the run saved nothing. Pass a later step, or run without T-GATE.",
             )
         elif not run.dropped_guidance:
-            self._say_what_guidance_would_save(steps)
+            self._warn_of_no_guidance(steps)
 
-    def _that_it_never_closed(self, steps: int) -> str:
+    def _never_closed_message(self, steps: int) -> str:
         if self.config.gate_step == "auto":
-            last = f", it changed by {fmean(self.changes[-1]):.3f} in the last step" if self.changes else ""
+            last = f" (it changed by {fmean(self.changes[-1]):.3f} in the last step)" if self.changes else ""
             return (
                 f'`gate_step` should be a count or a fraction for this run of {steps} steps, got "auto": the gate '
                 f"never closed. Cross-attention had not converged{last}, and `tolerance` is "
@@ -249,8 +270,8 @@ class Loop:
             f"closed. {advice}, or run without T-GATE."
         )
 
-    def _say_what_guidance_would_save(self, steps: int) -> None:
-        """Say it of a run that drops none."""
+    def _warn_of_no_guidance(self, steps: int) -> None:
+        """Warn if few steps or looks are of little use, in a run that dropped no guidance."""
         does_guidance = self._family.guidance is Guidance.PARTS or self.does_guidance()
         if steps <= FEW_STEPS and not does_guidance and not self.reuses_self_attention:
             _say_that_few_steps_gain_little()
@@ -262,7 +283,11 @@ class Loop:
             )
 
     def end_step(self, step_index: int, timestep: Any) -> None:
-        """Take note of the pipeline's callback after a step.
+        """Note the pipeline's callback after a step, and move the run on.
+
+        Args:
+            step_index: Step that the callback was called with.
+            timestep: Timestep that the callback was called with.
 
         Raises:
             StateError: The denoiser was not evaluated in the step, or another thread has begun a run.
@@ -275,14 +300,14 @@ class Loop:
             raise StateError(
                 "`callback_on_step_end` was called after a step in which the gated "
                 f"{type(self.denoisers[0].module).__name__} was not evaluated. If the gate was removed, or the "
-                "pipeline has another denoiser now, apply again."
+                "pipeline has another denoiser now, call `apply_tgate` again."
             )
         run.last_callback = step_index
         if self._takes_callback:
             self._move(run, step_index + 1)
 
     def stop(self) -> None:
-        """End the run that is going on, if any."""
+        """End the current run, if any."""
         if self.run is not None:
             self.run.stop()
 
@@ -323,7 +348,7 @@ class Loop:
             )
 
     def _warn(self, argument: str, message: str) -> None:
-        """Once for each argument."""
+        """Warn, at most once for each argument."""
         if argument not in self._warned:
             self._warned.add(argument)
             warnings.warn(message, stacklevel=2)
@@ -356,7 +381,7 @@ class Loop:
             return Calls(looks=looks)
         if guidance is Guidance.NONE:
             return Whole()
-        # where cross-attention is not stored, nothing but the positive branch holds the prompt
+        # if cross-attention is not stored, only the positive branch holds the prompt
         is_positive = looks or self.drops_guidance_alone
         return (Lists if guidance is Guidance.LISTS else Halves)(
             self.config.branch or ("positive" if is_positive else self._family.branch),
@@ -396,17 +421,17 @@ class Loop:
 
 @functools.cache
 def _say_that_few_steps_gain_little() -> None:
-    """Once in a process."""
+    """Log a warning, once in a process."""
     logger.warning(
-        "a run of %d steps or fewer that drops no guidance gains little from T-GATE: with latent-consistency models, "
-        "in 4 steps, its authors report 1.04 to 1.08 times the speed. On the embedded models, a gate at step 1 of 4 "
-        "costs 8 points of accuracy (UNet) and 56 (PixArt). `summary()` says what your run saves.",
+        "a run of %d steps or fewer that drops no guidance gains little from T-GATE: for latent-consistency models in "
+        "4 steps, its authors report a speed-up of 1.04 to 1.08. On the embedded models, a gate at step 1 of 4 costs "
+        "8 points of accuracy (UNet) and 56 (PixArt). `summary()` says what your run saves.",
         FEW_STEPS,
     )
 
 
 def position_in(timestep: Any, timesteps: Any) -> int | None:
-    """Where a timestep lies in the scheduler's timesteps; None where it is no view of them."""
+    """Return the index of a timestep in the scheduler's timesteps; None if it is not a view of them."""
     if not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor):
         return None
     if timestep.device != timesteps.device or timestep.dtype != timesteps.dtype or timesteps.ndim != 1:

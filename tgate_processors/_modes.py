@@ -1,10 +1,10 @@
-"""What attention layers can do in a step: the legal states, as enumerations."""
+"""The legal states of attention layers in a step, as enumerations."""
 
 from enum import Enum
 
 
 class AttentionMode(Enum):
-    """What every attention layer of one kind does in a step."""
+    """What all cross-attention layers, or all self-attention layers, do in a step."""
 
     COMPUTE = "compute"
     STORE = "compute, store"
@@ -18,28 +18,30 @@ class AttentionMode(Enum):
         return self not in (AttentionMode.COMPUTE, AttentionMode.REUSE)
 
 
-# Modes that store half of a batch, or as much.
+# Modes that store half as many rows as the batch has.
 HALVING = (AttentionMode.STORE_MEAN, AttentionMode.STORE_HALF)
 
 
 class Phase(Enum):
+    """Phase of a run."""
+
     UNGUIDED = "before guidance"
     PLANNING = "semantics-planning"
     FIDELITY = "fidelity-improving"
 
     @property
     def has_one_branch(self) -> bool:
-        """Whether one branch of guidance is denoised, where there are two."""
+        """Whether a run with guidance denoises only one of its two branches."""
         return self is not Phase.PLANNING
 
 
 class StepMode(Enum):
-    """The legal states of a step: its phase, the mode of cross-attention, the mode of self-attention.
+    """State of a step: its phase, the mode of cross-attention, and the mode of self-attention.
 
     `UNGUIDED` is a step before guidance begins. `CLOSING` is the last step of the planning phase. With classifier-free
-    guidance it stores the mean of the two halves of the batch, since one branch goes on; without guidance
-    (`CLOSING_UNGUIDED`) it stores what it has. Where the run looks at its text again, each look is such a step, and
-    stores the half that goes on (`LOOKING`).
+    guidance it stores the mean of the batch's two halves, since only one branch goes on. Without guidance
+    (`CLOSING_UNGUIDED`) it stores the outputs as they are. In a run with looks, the last step of the planning phase
+    and each look store the half that goes on (`LOOKING`).
     """
 
     UNGUIDED = Phase.UNGUIDED, AttentionMode.COMPUTE, AttentionMode.COMPUTE

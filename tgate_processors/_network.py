@@ -1,4 +1,4 @@
-"""A gated network: it stands around the network's calls, and sees of each whose it is."""
+"""A network whose calls are intercepted and whose layers are gated. It finds the run that each call belongs to."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,30 +18,30 @@ from tgate_processors.run import Call, Part
 
 
 class EvaluatesNetworks(Protocol):
-    """A pipeline's loop, which evaluates the network."""
+    """What a gated network uses of a pipeline's loop."""
 
     reuses_self_attention: bool
     pipe: Any
     run: Any
 
     def claim(self, network: "GatedNetwork", timestep: Any) -> Part | None:
-        """What its run keeps of the network, if a call that the pipeline makes is one of a run; else None."""
+        """Return the run's part for the network if a call of the pipeline belongs to a run, else None."""
 
     def leaves(self, stack: Sequence[Any]) -> None:
-        """Let the run go where its pipeline is not in the stack of this thread."""
+        """Stop the run if its pipeline is not among the callers in this thread."""
 
     def does_guidance(self) -> bool | None:
-        """Whether the pipeline does guidance now; None where it does not say."""
+        """Return whether the pipeline does guidance now; None if it does not say."""
 
     def was_evaluated(self, network: "GatedNetwork") -> None:
-        """Take note of an evaluation that was claimed."""
+        """Note an evaluation that was claimed."""
 
 
 class GatedNetwork(NotTheLoop):
-    """A network whose layers are gated, whichever pipelines evaluate it.
+    """A network whose layers are gated, for all pipelines that evaluate it.
 
-    A call that no pipeline's run claims is the network's own: its layers only compute. One call at a time is inside,
-    so that several threads may share the network.
+    In a call that no pipeline's run claims, the layers only compute. A lock admits one call at a time, so several
+    threads may share the network.
 
     Args:
         module: The network.
@@ -56,26 +56,26 @@ class GatedNetwork(NotTheLoop):
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> "GatedNetwork":
-        """The gated network that a module is, or a new one."""
+        """Return the gated network of a module, which is a new one if the module is not gated yet."""
         network = interceptor_of(module)
         return network if isinstance(network, cls) else cls(module)
 
     @property
     def layers(self) -> GatedLayers:
-        """Its gated layers."""
+        """The network's gated layers."""
         return self._installation.layers
 
     @property
     def processors(self) -> dict[str, Any]:
-        """Its processors when the last run began, without the gate, as `Installation` has them."""
+        """The network's processors when the last run began, without the gate, as in `Installation`."""
         return self._installation.processors
 
     def join(self, loop: EvaluatesNetworks) -> None:
-        """Be evaluated by a pipeline's loop too.
+        """Add a pipeline's loop to those that evaluate the network. The first loop gates the network.
 
         Raises:
             UnsupportedPipelineError: The network merges tokens around cross-attention, or has a processor whose maps
-                are read in every step.
+                the pipeline reads in every step.
         """
         with self._lock:
             self.install(loop)
@@ -84,7 +84,7 @@ class GatedNetwork(NotTheLoop):
             self.loops.append(loop)
 
     def leave(self, loop: EvaluatesNetworks) -> None:
-        """Undo `join`; after the last loop has left, the network is as before. Safe to call twice."""
+        """Undo `join`. After the last loop has left, the network is as it was before. Safe to call twice."""
         with self._lock:
             if loop in self.loops:
                 self.loops.remove(loop)
@@ -94,16 +94,16 @@ class GatedNetwork(NotTheLoop):
                 self._installation.remove()
 
     def install(self, loop: EvaluatesNetworks) -> None:
-        """Gate what processors there are now, for a run of the loop."""
+        """Gate the processors that the network has now, for a run of the loop."""
         with self._lock:
             self._installation.install(self_attention=loop.reuses_self_attention)
 
-    # Not `recursive`: `torch.compile` of the network shall compile what `forward` calls.
+    # Not `recursive`, so that `torch.compile` of the network compiles what `forward` calls.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
     def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the network: of a run, as the run wants it; else as it is."""
+        """Answer a call of the network: as the run decides if the call belongs to one, otherwise unchanged."""
         with self._lock:
-            if self._inside:  # a call from within a call is nobody's
+            if self._inside:  # a call from inside of another call belongs to no run
                 with self._set_aside():
                     return forward(*args, **kwargs)
             self._inside = True
@@ -128,7 +128,7 @@ class GatedNetwork(NotTheLoop):
                 taken = self._leave()
             return self._answer(loop, part, call, taken, output)
         except BaseException:
-            part.run.stop()  # its loop has failed with it
+            part.run.stop()  # the error ends the pipeline's loop too
             raise
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
@@ -158,13 +158,13 @@ class GatedNetwork(NotTheLoop):
             last = loop.run
             part = loop.claim(self, timestep_of(inputs)) if loop.pipe is caller else None
             if part is not None:
-                if loop.run is not last:  # a run begins: those of pipelines that are no longer running are let go
-                    self._let_go_of_others([caller, *stack])
+                if loop.run is not last:  # a run has begun
+                    self._stop_abandoned_runs([caller, *stack])
                 return loop, part
-        self._let_go_of_others([caller, *stack])
+        self._stop_abandoned_runs([caller, *stack])
         return None, None
 
-    def _let_go_of_others(self, running: Sequence[Any]) -> None:
+    def _stop_abandoned_runs(self, running: Sequence[Any]) -> None:
         for loop in self.loops:
             loop.leaves(running)
 

@@ -1,4 +1,4 @@
-"""What a run did in a network, evaluation by evaluation."""
+"""Record of what a run did in a network, evaluation by evaluation."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ class Evaluation:
     """A call of a network that was computed.
 
     Args:
-        mode: What its attention did.
-        batch: The batch that it computed.
-        shallow: Whether DeepCache skipped its deep layers.
-        given: Which of the record's inputs it was given.
-        missed: Attention layers that computed, though the mode says that they reuse: what was stored did not fit.
+        mode: Mode of the attention layers.
+        batch: Size of the computed batch.
+        shallow: Whether DeepCache skipped the deep layers.
+        given: Index of the call's inputs in the record's `inputs`.
+        missed: Names of attention layers that computed instead of reusing, because their stored outputs did not fit.
     """
 
     mode: StepMode
@@ -28,12 +28,12 @@ class Evaluation:
 
 
 class Record:
-    """The evaluations of one network in one run.
+    """Evaluations of one network in one run.
 
     Attributes:
-        evaluations: Those that were computed, in order.
-        inputs: What the pipeline gave, without values: one for all calls of the same shapes.
-        left_out: Which of `inputs` each call was given that was left out.
+        evaluations: Evaluations that were computed, in order.
+        inputs: Inputs that the pipeline gave, without values; one entry for all calls with the same shapes.
+        left_out: Index into `inputs` for each call that was left out.
     """
 
     def __init__(self) -> None:
@@ -44,23 +44,23 @@ class Record:
 
     @property
     def given(self) -> list[int]:
-        """Which of `inputs` each call was given that was answered, in no order."""
+        """Index into `inputs` for each call, computed or left out, in no order."""
         return [evaluation.given for evaluation in self.evaluations] + self.left_out
 
     @property
     def dropped_guidance(self) -> bool:
-        """Whether anything of guidance was left out, or was about to be."""
+        """Whether guidance was dropped in any evaluation, or was about to be."""
         return bool(self.left_out) or any(
             evaluation.mode.cross_attention in HALVING or evaluation.batch < self.batch_of(evaluation.given)
             for evaluation in self.evaluations
         )
 
     def batch_of(self, given: int) -> int:
-        """The batch of one of `inputs`."""
+        """Return the batch size of one of `inputs`, by its index."""
         return batch_of(self.inputs[given])
 
     def note_given(self, inputs: Inputs) -> int:
-        """Note a call; gives which of `inputs` it was given."""
+        """Record the inputs of a call, and return their index in `inputs`."""
         shapes = tuple(tensor.shape for tensor in tensors_in(inputs))
         index = self._shapes.setdefault(shapes, len(self.inputs))
         if index == len(self.inputs):
@@ -69,6 +69,6 @@ class Record:
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor of the same shape, in single precision, whatever the run's and however it is quantized."""
+    """Return an empty tensor of the same shape on the meta device, in single precision if it is of floating point."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, device="meta", dtype=dtype)

@@ -1,4 +1,4 @@
-"""The attention outputs that a run keeps of one network, call by call of a timestep."""
+"""The attention outputs that a run keeps of one network, for each of a timestep's calls."""
 
 from dataclasses import dataclass, field
 
@@ -11,63 +11,83 @@ from tgate_processors._modes import HALVING, AttentionMode, StepMode
 
 @dataclass
 class Stored:
-    """What the layers of one kind stored: their outputs, and the batch that these are of."""
+    """Stored outputs of the layers of one kind.
+
+    Args:
+        batch: Size of the batch that the outputs belong to.
+        outputs: The outputs by layer name.
+    """
 
     batch: int
     outputs: Outputs = field(default_factory=dict)
 
 
 class Store:
-    """What is stored, by whether it is of cross-attention and by which call for a timestep stored it."""
+    """Stored outputs, by kind of attention and by the number of the call for its timestep."""
 
     def __init__(self) -> None:
         self._stored: dict[tuple[bool, int], Stored] = {}
 
     @property
     def has_cross_attention(self) -> bool:
-        """Whether cross-attention was stored in the first call for a timestep."""
+        """Whether outputs of cross-attention are stored for the first call for a timestep."""
         return (True, 0) in self._stored
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is kept."""
+        """All stored tensors."""
         return [tensor for one in self._stored.values() for outputs in one.outputs.values() for tensor in outputs]
 
     def offer(self, call: int, mode: StepMode) -> Outputs:
-        """What the layers may reuse in a call."""
+        """Return the outputs that the layers may reuse in a call."""
         offered: Outputs = {}
-        for is_cross, its_mode in kinds(mode):
-            if its_mode is AttentionMode.REUSE and (is_cross, call) in self._stored:
+        for is_cross, kind_mode in kinds(mode):
+            if kind_mode is AttentionMode.REUSE and (is_cross, call) in self._stored:
                 offered |= self._stored[is_cross, call].outputs
         return offered
 
     def keep(self, call: int, mode: StepMode, batch: int, taken: Taken) -> None:
-        """Keep what layers that store, or had nothing that fits, put out in a call of this batch."""
-        for is_cross, its_mode in kinds(mode):
-            if its_mode is AttentionMode.COMPUTE:
+        """Keep the outputs of layers that were to store, or that had no fitting output to reuse.
+
+        Args:
+            call: Number of the call for its timestep.
+            mode: Mode of the call.
+            batch: Size of the call's batch.
+            taken: Outputs that were taken out of the layers.
+        """
+        for is_cross, kind_mode in kinds(mode):
+            if kind_mode is AttentionMode.COMPUTE:
                 continue
-            halves = its_mode in HALVING
+            halves = kind_mode in HALVING
             stored = self._stored.setdefault((is_cross, call), Stored(batch))
             stored.batch = batch // 2 if halves else batch
             for name, new in taken.new.items():
-                # Nobody knows which rows are which branch's where a layer is called several times.
+                # If a layer is called several times, it is unknown which rows belong to which branch.
                 if (name in taken.cross_attention) is is_cross and not (halves and len(new) > 1):
                     stored.outputs[name] = _updated(stored.outputs.get(name, []), new)
 
     def drop(self, call: int, mode: StepMode, *, keeps_skipped: bool) -> None:
-        """Let go what is not read again: only a store comes right before a reuse.
+        """Free outputs that no later call reuses, because the layers now compute or store again.
 
         Args:
-            call: Which call for a timestep it is.
-            mode: What it does.
-            keeps_skipped: Whether layers are skipped, as beside DeepCache, and keep what they have until they are not.
+            call: Number of the call for its timestep.
+            mode: Mode of the call.
+            keeps_skipped: Whether layers may be skipped, as with DeepCache. A skipped layer keeps its outputs until it
+                is evaluated again.
         """
-        for is_cross, its_mode in kinds(mode):
-            if its_mode is AttentionMode.COMPUTE or (its_mode.stores and not keeps_skipped):
+        for is_cross, kind_mode in kinds(mode):
+            if kind_mode is AttentionMode.COMPUTE or (kind_mode.stores and not keeps_skipped):
                 self._stored.pop((is_cross, call), None)
 
     def fit(self, call: int, batch: int, strategy: Whole, *, is_folded: bool) -> None:
-        """Make what was stored before the gate fit an evaluation of one branch after it."""
+        """Convert what was stored before the gate, so that it fits an evaluation of one branch after it.
+
+        Args:
+            call: Number of the call for its timestep.
+            batch: Size of the evaluation's batch.
+            strategy: Strategy of guidance.
+            is_folded: Whether the evaluation computes one half of its batch.
+        """
         for is_cross in (True, False):
             calls = sorted(number for kind, number in self._stored if kind is is_cross)
             if len(calls) > 1 and strategy.leaves_out(1):
@@ -79,17 +99,21 @@ class Store:
                 stored.batch = batch
 
     def clear(self) -> None:
-        """Let everything go."""
+        """Free everything."""
         self._stored.clear()
 
 
 def kinds(mode: StepMode) -> tuple[tuple[bool, AttentionMode], tuple[bool, AttentionMode]]:
-    """The modes of cross-attention (True) and of self-attention (False)."""
+    """Return the modes of cross-attention (True) and of self-attention (False)."""
     return (True, mode.cross_attention), (False, mode.self_attention)
 
 
 def own(output: Tensor) -> Tensor:
-    """A copy: a CUDA graph writes its next replay's outputs over those of the last, and half a tensor keeps it all."""
+    """Return a copy of an output.
+
+    The output itself may not last, because the next replay of a CUDA graph writes over it. And a half that is a view
+    would keep the whole tensor in memory.
+    """
     return output.clone()
 
 
@@ -100,5 +124,5 @@ def _updated(stored: list[Tensor], new: list[tuple[int, Tensor]]) -> list[Tensor
             updated[call] = own(output)
         elif call == len(updated):
             updated.append(own(output))
-        # else an earlier call kept nothing, and this one would be taken for it
+        # otherwise an earlier call kept nothing, and this output would take its place
     return updated

@@ -1,4 +1,4 @@
-"""Tables, as text and in a notebook, and settings as a line of text."""
+"""Tables as text and in a notebook, and settings as a line of text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ Rows = Sequence[tuple[str, ...]]
 
 
 def format_table(rows: Rows) -> str:
-    """Rows of text as lines with aligned columns, the first row a heading."""
+    """Return rows of text as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
-    """How something was made, as one line."""
+    """Return settings as one line of text."""
     return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
@@ -27,7 +27,7 @@ class Table:
 
     Args:
         rows: The rows, of equal lengths.
-        has_heading: Whether the first row is a heading; otherwise the first column says what a row is.
+        has_heading: Whether the first row is a heading. Otherwise the first column names the rows.
     """
 
     rows: Rows
@@ -38,10 +38,10 @@ class Table:
 
 
 class Shown:
-    """What prints as lines and tables, and is shown as such in a notebook. Its `repr` is its own, of one line."""
+    """Base of classes that print as lines and tables, and show the same in a notebook. Each has its own `repr`."""
 
     def _parts(self) -> Iterable[str | Table]:
-        """What there is to print, in order; an empty line is one."""
+        """Return the lines and tables to print, in order. An empty string prints an empty line."""
         raise NotImplementedError
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What this library raises. Every error is a `TGateError` and also the builtin that a caller would expect."""
+"""Errors of this library. Each is a `TGateError` and also the builtin error that a caller would expect."""
 
 
 class TGateError(Exception):
@@ -6,16 +6,16 @@ class TGateError(Exception):
 
 
 class ConfigError(TGateError, ValueError):
-    """An argument breaks its rule."""
+    """An argument has a value that is not allowed."""
 
 
 class UnsupportedPipelineError(TGateError, TypeError):
-    """The pipeline or denoiser has nothing that can be gated."""
+    """The pipeline or denoiser cannot be gated."""
 
 
 class StateError(TGateError, RuntimeError):
-    """A call came at the wrong time: applied twice, not advanced, asked for a summary before a run."""
+    """A call came at the wrong time, such as a second `apply_tgate`, or a step without its evaluation."""
 
 
 class MissingPackageError(TGateError, ImportError):
-    """An optional package is asked for and not installed."""
+    """An optional package is needed and not installed."""

@@ -1,4 +1,4 @@
-"""The gate for a denoising loop of one's own, without a pipeline."""
+"""The gate for a denoising loop of your own, without a pipeline."""
 
 from typing import cast
 
@@ -15,7 +15,7 @@ from tgate_processors.schedule import TGateConfig
 
 
 class Gate:
-    """Gates the layers of a network in a denoising loop of your own; `apply_tgate` does it for a pipeline.
+    """Gate for a network in a denoising loop of your own. For a pipeline, use `apply_tgate`.
 
         gate = Gate(TGateConfig(gate_step=10))
         unet.set_attn_processor(gated_processors(unet, gate))
@@ -27,15 +27,15 @@ class Gate:
             run.advance()
         unet.set_attn_processor(ungated_processors(unet))
 
-    Nobody stands around the calls of such a network, so from `start` to the end of the run every call is one of the
-    run's. In each step the network is called once, or several times in the same order.
+    The gate does not intercept the calls of the network, so every call from `start` to the end of the run belongs to
+    the run. In each step call the network once, or several times in the same order.
 
     Args:
         config: The gate's settings.
 
     Attributes:
         config: The gate's settings.
-        layers: The gated layers; `gated_processors` fills them in.
+        layers: The gated layers, which `gated_processors` fills in.
         run: The run that was started last, if any.
     """
 
@@ -50,15 +50,16 @@ class Gate:
         return f"Gate({self.config}): {len(self.layers)} layers, {self.run or 'no run'}"
 
     def start(self, num_inference_steps: int, *, guidance: bool) -> "LoopRun":
-        """Begin a run at its step 0; a run that was not finished ends.
+        """Begin a run at step 0. If the last run was not finished, this ends it.
 
         Args:
             num_inference_steps: Number of steps in the run.
             guidance: Whether the loop does classifier-free guidance on a batch of two halves `[negative, positive]`.
-                Without, and where each branch is a call of its own, nothing but cross-attention is left out.
+                If it does no guidance, or calls the network once for each branch, pass False. The gate then only
+                reuses attention.
 
         Raises:
-            ConfigError: An argument breaks its rule.
+            ConfigError: An argument has a value that is not allowed.
             StateError: No layer is gated.
         """
         require_whole("num_inference_steps", num_inference_steps, least=1)
@@ -78,13 +79,13 @@ class Gate:
 
 
 class LoopRun(Run):
-    """A run of a loop of one's own, from `Gate.start`.
+    """A run of a denoising loop of your own, from `Gate.start`.
 
     Attributes:
-        step: The step that it is in, 0-based.
-        closed: Whether it is in its fidelity-improving phase.
-        gate_step: The first step after the gate, as far as it is known.
-        cache_bytes: Bytes of attention output kept now.
+        step: Current step, 0-based.
+        closed: Whether the run is in its fidelity-improving phase.
+        gate_step: First step after the gate, as far as it is known.
+        cache_bytes: Number of bytes of attention output that the run keeps now.
     """
 
     def __init__(self, config: TGateConfig, num_steps: int, layers: GatedLayers, *, guidance: bool) -> None:
@@ -96,39 +97,43 @@ class LoopRun(Run):
         names = list(layers.cross_attention)
         watched = tuple(names[i] for i in watched_layers(len(names))) if config.gate_step == "auto" else ()
         self._part = self.parts[layers] = Part(self, layers, strategy, watched=watched)
-        self._rows = 2 if guidance else 1  # in proportion to one branch
+        self._rows = 2 if guidance else 1  # in units of one branch
         self._begin_step()
 
     def fold(self, tensor: Tensor) -> Tensor:
-        """The rows of a batch `[negative, positive]` that are denoised in this step: all, or those of one branch.
+        """Return the rows of a batch `[negative, positive]` to denoise in this step: all, or those of one branch.
 
         Args:
-            tensor: `(2 * batch, ...)`, such as the noisy sample or the embeddings of the prompts.
+            tensor: Tensor `(2 * batch, ...)`, such as the noisy sample or the embeddings of the prompts.
         """
         return self._part.strategy.half(tensor, self._call.mode.phase) if self._call.folded else tensor
 
     def unfold(self, output: Tensor) -> Tensor:
-        """Both branches of the network's output, `(2 * batch, ...)`, whatever was denoised.
+        """Return both branches of the network's output, `(2 * batch, ...)`, in every step.
 
-        Where one branch was, the other one is equal to it, or differs by the guidance that was kept at the last look.
+        If the step denoised one branch, the other branch is equal to it. In a run with looks it differs by the kept
+        guidance.
+
+        Args:
+            output: Output of the network.
         """
         return cast(Tensor, self._part.guided_output(self._call, output))
 
     def advance(self) -> None:
-        """Go to the next step. Past the last one the run is over and what it stored is freed.
+        """Go to the next step. After the last step the run is over and frees what it stored.
 
         Raises:
-            StateError: The run is over.
+            StateError: The run is already over.
         """
         if self.is_over:
-            raise StateError("`advance` was called after the end of the run. Call `gate.start` for another one.")
+            raise StateError("`advance` was called after the end of the run. Call `gate.start` for another run.")
         self._part.keep(self._call, self._layers.take_out())
         self.move_to(self.position + 1)
         if not self.is_over:
             self._begin_step()
 
     def stop(self) -> None:
-        """End the run before its last step: the layers only compute, and what is stored is freed."""
+        """End the run before its last step. It frees what it stored, and the layers only compute."""
         if not self.is_over:
             self._layers.take_out()
         super().stop()

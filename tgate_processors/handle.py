@@ -1,4 +1,4 @@
-"""Gating a pipeline: `apply_tgate` attaches the gate to its networks, and the handle takes it away again."""
+"""The gate on a pipeline: `apply_tgate` attaches it, and the handle that it returns detaches it."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,37 +36,36 @@ def apply_tgate(
     callback_on_step_end: Callback | None = None,
     deepcache: Any = None,
 ) -> "TGate":
-    """Gate a diffusers pipeline; its own `__call__` runs as before.
+    """Attach a gate to a diffusers pipeline, whose own `__call__` stays as it is.
 
         tgate = apply_tgate(pipe)
         image = pipe(prompt, num_inference_steps=25, callback_on_step_end=tgate).images[0]
         tgate.remove()
 
     Args:
-        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers, or that does guidance, which is
-            then all that is left out. Its ControlNets are gated with it.
-        config: When the gate closes, and what is reused: a `TGateConfig`, or the name of a preset in any case of
-            letters. None takes the preset that suits the pipeline's class, network and scheduler as they are now;
-            `summary()` names it.
-        callback_on_step_end: A callback of your own, called after every step beside the handle's work.
-        deepcache: The `DeepCacheSDHelper` that is enabled on the pipeline, where there is one.
+        pipe: A pipeline whose `unet` or `transformer` has cross-attention layers, or one that does guidance, which is
+            then all that the gate leaves out. Its ControlNets are gated too.
+        config: The gate's settings, or the name of a preset in upper or lower case. None takes the preset that suits
+            the pipeline's class, network and scheduler as they are now; `summary()` names it.
+        callback_on_step_end: A callback of your own, which the handle calls after every step.
+        deepcache: The `DeepCacheSDHelper` that is enabled on the pipeline, if any.
 
     Returns:
-        The handle: the pipeline's `callback_on_step_end`, and a context manager that removes itself.
+        The handle. Pass it to the pipeline as `callback_on_step_end`. It is also a context manager, which detaches the
+        gate at its end.
 
     Raises:
-        ConfigError: `config` is no setting, or asks for what this pipeline cannot do.
+        ConfigError: `config` is neither settings nor a preset's name, or this pipeline cannot do what it asks for.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
-        StateError: The pipeline is gated already, or a cache that does not work beside the gate is enabled on it.
+        StateError: The pipeline is gated already, or has a cache enabled that does not work together with the gate.
     """
     preset = _preset_of(pipe, config)
     settings: Any = config if preset is None else PRESETS[preset].config
     check_can_apply(pipe, settings, deepcache)
     if not pipelines.is_known(pipe):
         warnings.warn(
-            f"{type(pipe).__name__} is not among the pipelines that are known to work. Where its batch is seen to be "
-            "two equal halves, it is taken to be `[negative, positive]`. Compare its pictures with the stock "
-            "pipeline's.",
+            f"{type(pipe).__name__} is not among the pipelines that are known to work. If its batch has two equal "
+            "halves, the gate takes it for `[negative, positive]`. Compare its pictures with the stock pipeline's.",
             stacklevel=2,
         )
     _warn_of_costs(pipe, settings)
@@ -74,7 +73,7 @@ def apply_tgate(
 
 
 def _preset_of(pipe: Any, config: object) -> str | None:
-    """The key of `PRESETS` that is asked for, or that suits the pipeline; None where the settings are given."""
+    """Return the preset's name that `config` is, or that suits the pipeline; None if `config` has the settings."""
     if isinstance(config, str):
         return preset_name("config", config)
     if config is None:
@@ -84,7 +83,7 @@ def _preset_of(pipe: Any, config: object) -> str | None:
 
 
 def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
-    """Warn of settings that were measured to cost more with this sampler or kind of network than with others."""
+    """Warn of settings that cost more with this sampler or kind of network than with others, as measured."""
     scheduler = getattr(pipe, "scheduler", None)
     name = type(scheduler).__name__
     drops_half = pipelines.family_of(pipe).guidance.has_halves
@@ -93,8 +92,8 @@ def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
     if drops_half and is_sde and config.look_interval is None:
         warnings.warn(
             f"`look_interval` should be given with an SDE sampler such as this {name}, got None: on the embedded "
-            "model the gate alone loses a tenth of the pictures there, and with looks nothing. Pass for example "
-            '`preset("looks")`.',
+            "model the gate without looks loses a tenth of the pictures with such a sampler, and with looks none. "
+            'Pass for example `preset("looks")`.',
             stacklevel=3,
         )
     is_ancestral = name == "EulerAncestralDiscreteScheduler"
@@ -103,27 +102,27 @@ def _warn_of_costs(pipe: Any, config: TGateConfig) -> None:
         warnings.warn(
             f'`gate_step` should be a count or a fraction with this {name}, got "auto": its tolerance was found under '
             "DDIM. On the embedded model the gate closes too early under DPM++ 2M Karras, which costs 8 pictures in "
-            '100, and hardly ever under Euler ancestral. Pass `gate_step=0.4`, or `preset("looks")`.',
+            '100, and hardly ever closes under Euler ancestral. Pass `gate_step=0.4`, or `preset("looks")`.',
             stacklevel=3,
         )
     if config.gate_step == "auto" and not hasattr(pipe, "unet"):
         warnings.warn(
             f"`gate_step` should be a count or a fraction for a transformer, as {type(pipe).__name__} has, got "
-            '"auto": its tolerance was found on a UNet. On the embedded PixArt it suggests step 7 of 25, and the gate '
-            "there loses a third of the pictures. Pass `gate_step=0.6`.",
+            '"auto": its tolerance was found on a UNet. On the embedded PixArt it suggests step 7 of 25, where the '
+            "gate loses a third of the pictures. Pass `gate_step=0.6`.",
             stacklevel=3,
         )
     if config.guidance_start and is_ancestral:
         warnings.warn(
-            f"`guidance_start` should be 0 with {name}, got {config.guidance_start}: its first steps decide much. On "
-            "the embedded model it costs 4.7 dB of likeness to the stock pictures, and 0.7 dB under DPM++ 2M Karras. "
-            "Compare your pictures, or leave it out.",
+            f"`guidance_start` should be 0 with {name}, got {config.guidance_start}: the first steps of this sampler "
+            "decide much of the picture. On the embedded model a later start costs 4.7 dB of likeness to the stock "
+            "pictures, and only 0.7 dB under DPM++ 2M Karras. Compare your pictures, or leave it out.",
             stacklevel=3,
         )
 
 
 def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> None:
-    """Everything that `apply_tgate` raises of these settings, before anything is touched."""
+    """Raise every error that `apply_tgate` has for these settings, before anything is changed."""
     if not isinstance(config, TGateConfig):
         raise ConfigError(
             f"`config` must be a TGateConfig or the name of a preset, got {config!r}. Pass for example "
@@ -150,7 +149,7 @@ def check_can_apply(pipe: Any, config: TGateConfig, deepcache: Any = None) -> No
 def _check_can_drop_guidance_alone(
     pipe: Any, denoiser: torch.nn.Module, config: TGateConfig, guidance: Guidance
 ) -> None:
-    """Where no denoiser has cross-attention of its own."""
+    """Check that the gate can drop guidance, for a pipeline whose denoisers have no cross-attention of their own."""
     if isinstance(pipe, ModularPipeline) and guidance is Guidance.NONE:
         raise UnsupportedPipelineError(
             f"`pipe` must have a guider, or a denoiser with cross-attention, got a {type(pipe).__name__} without "
@@ -168,7 +167,7 @@ def _check_can_drop_guidance_alone(
         if getattr(config, argument) != 1:
             raise ConfigError(
                 f"`{argument}` must be 1 for {name}, got {getattr(config, argument)}: its self-attention holds the "
-                "text, so that guidance alone is left out. Leave it out."
+                "text, so the gate drops only guidance. Leave it out."
             )
     if config.branch == "negative":
         raise ConfigError(
@@ -207,18 +206,18 @@ def _check_is_free(denoiser: torch.nn.Module, pipe: Any) -> None:
 
 
 def loops_on(denoiser: torch.nn.Module) -> list[Any]:
-    """The loops of the gated pipelines that evaluate the denoiser."""
+    """Return the loops of the gated pipelines that evaluate the denoiser."""
     network = interceptor_of(denoiser)
     return list(network.loops) if isinstance(network, GatedNetwork) else []
 
 
 class TGate(Shown, NotTheLoop):
-    """What `apply_tgate` put on a pipeline. Made by it alone.
+    """Handle of the gate on a pipeline. Only `apply_tgate` makes it.
 
     Attributes:
-        callback_on_step_end: A callback of your own, called with the pipeline's arguments after every step.
-        preset: The name of the preset that the settings are; None where they were given as a `TGateConfig`.
-        tensor_inputs: Empty; diffusers' `MultiPipelineCallbacks` asks for it.
+        callback_on_step_end: Your own callback, which the handle calls after every step with the pipeline's arguments.
+        preset: Name of the preset in use; None if the settings were given as a `TGateConfig`.
+        tensor_inputs: Empty list, which diffusers' `MultiPipelineCallbacks` needs.
     """
 
     tensor_inputs: ClassVar[list[str]] = []
@@ -241,17 +240,17 @@ class TGate(Shown, NotTheLoop):
 
     @property
     def config(self) -> TGateConfig:
-        """The settings."""
+        """The gate's settings."""
         return self._loop.config
 
     @property
     def gate(self) -> Run:
-        """The run that is going on, or the last: `closed`, `step`, `gate_step`, `cache_bytes`."""
+        """The current run, or the last one, with its `closed`, `step`, `gate_step` and `cache_bytes`."""
         return self._loop.run or Run.of_nothing(self.config)
 
     @property
     def changes(self) -> list[list[float]]:
-        """How much each watched layer's output changed in each step of the last run, as `Watch` has it."""
+        """Relative change of each watched layer's output in each step of the last run, as in `Watch`."""
         return self._loop.changes
 
     @property
@@ -286,11 +285,11 @@ class TGate(Shown, NotTheLoop):
         self.remove()
 
     def __call__(self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Move the gate on after a step; this is the pipeline's `callback_on_step_end`."""
+        """Move the gate on after a step. The pipeline calls this as its `callback_on_step_end`."""
         if pipe is not self.pipe:
             raise StateError(
                 "`callback_on_step_end` must be the handle of the pipeline that runs, got that of another "
-                f"{type(self.pipe).__name__}. Call `apply_tgate` for this {type(pipe).__name__} too, pass its handle."
+                f"{type(self.pipe).__name__}. Call `apply_tgate` for this {type(pipe).__name__}, and pass its handle."
             )
         self._loop.end_step(step_index, timestep)
         if self.callback_on_step_end is not None:
@@ -300,15 +299,18 @@ class TGate(Shown, NotTheLoop):
         return callback_kwargs
 
     def remove(self) -> None:
-        """Take everything away: the same processor objects are back, every call is the network's own. Safe to call
-        twice.
+        """Detach the gate. The pipeline has its own processor objects again, and calls are no longer intercepted.
 
-        A processor that someone else has put in since stays, with a warning.
+        It is safe to call this twice. A processor that you or another library has set since `apply_tgate` stays, with
+        a warning.
         """
         self._loop.stop()
         for network in self._loop.networks:
             network.leave(self._loop)
 
     def summary(self) -> Summary:
-        """What the last run did. Raises nothing. Its arithmetic is counted on the meta device when asked for."""
+        """Return what the last run did. This raises no error.
+
+        The summary counts the arithmetic when it is first asked for, on the meta device.
+        """
         return summarize(self._loop, self._settings)

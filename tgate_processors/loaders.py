@@ -1,4 +1,4 @@
-"""The original package's loaders (tgate 0.1.2 and 1.0.0): `pipe.tgate(...)` is `pipe(...)`, gated for that call."""
+"""The loaders of the original package (tgate 0.1.2 and 1.0.0): `pipe.tgate(...)` is `pipe(...)` with a gate."""
 
 import inspect
 from collections.abc import Callable
@@ -16,23 +16,24 @@ from tgate_processors.schedule import GateStep, TGateConfig
 def TgateSDLoader(
     pipe: Any, *, gate_step: GateStep = 10, num_inference_steps: int | None = None, lcm: bool = False
 ) -> Any:
-    """Give the pipeline a method `tgate`, and return the pipeline. `pipe(...)` stays as it is.
+    """Give the pipeline a method `tgate`, and return the pipeline. `pipe(...)` itself stays ungated.
 
         pipe = TgateSDXLLoader(pipe, gate_step=10, num_inference_steps=25).to("cuda")
         image = pipe.tgate("Astronaut in a jungle").images[0]
 
-    `pipe.tgate` takes what the pipeline's own `__call__` takes and `gate_step`, `sp_interval=1`, `fi_interval=1`,
-    `warm_up=0` and `lcm`; what is given here are its defaults. A `callback_on_step_end` is called beside the gate.
+    `pipe.tgate` takes the arguments of the pipeline's own `__call__`, and also `gate_step`, `sp_interval=1`,
+    `fi_interval=1`, `warm_up=0` and `lcm`. The arguments of the loader are its defaults. The gate calls your
+    `callback_on_step_end` after every step.
 
     Args:
         pipe: A pipeline that `apply_tgate` can gate.
         gate_step: Number of steps before the gate closes.
-        num_inference_steps: Number of steps; None takes the pipeline's own default.
-        lcm: Says that the model runs without guidance, as latent-consistency models do. The gate finds out by
-            itself; where the run has guidance, `lcm=True` is an error.
+        num_inference_steps: Number of steps in the run; None takes the pipeline's own default.
+        lcm: Whether the model runs without guidance, as latent-consistency models do. The gate finds this out by
+            itself, but `lcm=True` is an error in a run with guidance.
 
     Raises:
-        ConfigError: An argument breaks its rule.
+        ConfigError: An argument has a value that is not allowed.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already, or has DeepCache enabled.
     """
@@ -51,19 +52,19 @@ def TgateSDDeepCacheLoader(
     num_inference_steps: int | None = None,
     lcm: bool = False,
 ) -> Any:
-    """As `TgateSDLoader`, and every `pipe.tgate(...)` runs beside DeepCache, which `pipe(...)` does not.
+    """Do what `TgateSDLoader` does, with DeepCache enabled in every `pipe.tgate(...)`, but not in `pipe(...)`.
 
     Args:
         pipe: A Stable Diffusion or SDXL pipeline.
-        cache_interval: Every how many steps all layers are evaluated.
-        cache_branch_id: The skip connection above which layers are evaluated in the other steps.
-        gate_step: As for `TgateSDLoader`.
-        num_inference_steps: As for `TgateSDLoader`.
-        lcm: As for `TgateSDLoader`.
+        cache_interval: Number of steps from one full step of DeepCache to the next.
+        cache_branch_id: Index of the skip connection above which DeepCache evaluates layers in the other steps.
+        gate_step: As in `TgateSDLoader`.
+        num_inference_steps: As in `TgateSDLoader`.
+        lcm: As in `TgateSDLoader`.
 
     Raises:
         MissingPackageError: The `DeepCache` package is not installed.
-        ConfigError, UnsupportedPipelineError, StateError: As for `TgateSDLoader`.
+        ConfigError, UnsupportedPipelineError, StateError: As in `TgateSDLoader`.
     """
     return _load(
         pipe, deepcache.make_helper(pipe, cache_interval, cache_branch_id), gate_step, num_inference_steps, lcm
@@ -78,13 +79,13 @@ def _load(pipe: Any, helper: Any, gate_step: GateStep, num_inference_steps: int 
     if num_inference_steps is not None:
         TGateConfig(gate_step=gate_step).schedule(num_inference_steps)
         defaults["num_inference_steps"] = num_inference_steps
-    apply_tgate(pipe, TGateConfig(gate_step=gate_step)).remove()  # what cannot be gated says so now
+    apply_tgate(pipe, TGateConfig(gate_step=gate_step)).remove()  # raise now if the pipeline cannot be gated
 
     def tgate(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         return _call(pipe, helper, *args, **defaults | kwargs)
 
-    tgate.__doc__ = f"`{type(pipe).__name__}.__call__` with the gate on for this call; see `TgateSDLoader`."
-    pipe.tgate = MethodType(tgate, pipe)  # so that a copy's draws with the copy
+    tgate.__doc__ = f"`{type(pipe).__name__}.__call__`, gated for this call; see `TgateSDLoader`."
+    pipe.tgate = MethodType(tgate, pipe)  # a bound method, so that a copy of the pipeline runs itself
     return pipe
 
 
@@ -105,8 +106,8 @@ def _call(
     has_callback = pipelines.takes_callback(pipe)
     if callback_on_step_end is not None and not has_callback:
         raise ConfigError(
-            f"`callback_on_step_end` must be left out, since {type(pipe).__name__} calls none, got "
-            f"{callback_on_step_end!r}. Pass its older `callback`."
+            f"`callback_on_step_end` must be left out, since {type(pipe).__name__} takes none, got "
+            f"{callback_on_step_end!r}. Pass the pipeline's older `callback`."
         )
     needs = getattr(callback_on_step_end, "tensor_inputs", None)
     if needs is not None:  # an official callback of diffusers
@@ -121,7 +122,11 @@ def _call(
 
 
 def _check_call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lcm: bool) -> None:
-    """Say before the run what does not fit it."""
+    """Check before the run that `lcm` fits it.
+
+    Raises:
+        ConfigError: `lcm` is True in a run with guidance.
+    """
     call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
     call.apply_defaults()
     scale = call.arguments.get("guidance_scale", call.arguments.get("max_guidance_scale"))

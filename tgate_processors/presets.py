@@ -1,4 +1,4 @@
-"""Named settings for the models of the documentation, each with its source, and which of them suit a pipeline."""
+"""Settings by name, each with its source, and the choice of those that suit a pipeline."""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from tgate_processors.schedule import TGateConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings and where they come from.
+    """Settings and their source.
 
     Args:
-        config: The settings; gate steps are fractions, for runs of any length.
-        source: Who suggests them.
+        config: The settings. Gate steps are fractions, so they fit runs of any length.
+        source: Paper, README or page of the documentation that suggests the settings.
     """
 
     config: TGateConfig
@@ -51,10 +51,11 @@ PRESETS = {
 }
 
 
-# What a pipeline's class is called, up to the part that tells its tasks apart, and its preset; the first that fits.
+# How the names of pipeline classes begin, before the part that names the task, and the preset for each. The first
+# that fits counts.
 KINDS = {
     "StableDiffusion3": "other-transformer",
-    "StableDiffusionLatentUpscale": "other-unet",  # which embeds its noise level as others embed their guidance
+    "StableDiffusionLatentUpscale": "other-unet",  # it embeds its noise level as other models embed their guidance
     "StableDiffusionXL": "sdxl",
     "StableDiffusion": "sd-1.5",
     "StableVideoDiffusion": "svd",
@@ -62,25 +63,32 @@ KINDS = {
     "PixArtAlpha": "pixart-alpha",
     "PixArtSigma": "pixart-sigma",
 }
-SD_2_TEXT_WIDTH = 1024  # of the text that its UNet attends to; Stable Diffusion 1's is 768 wide
+SD_2_TEXT_WIDTH = 1024  # width of the text that Stable Diffusion 2's UNet attends to; it is 768 in Stable Diffusion 1
 
 
 def preset(name: str) -> TGateConfig:
-    """The settings of this name, a key of `PRESETS` in any case of letters.
+    """Return the settings of a preset.
 
         tgate = apply_tgate(pipe, preset("sdxl"))
 
+    Args:
+        name: Name of the preset, a key of `PRESETS` in upper or lower case.
+
     Raises:
-        ConfigError: There are none.
+        ConfigError: There is no preset of this name.
     """
     return PRESETS[preset_name("name", name)].config
 
 
 def preset_name(argument: str, value: object) -> str:
-    """The key of `PRESETS` that an argument names.
+    """Return the key of `PRESETS` that an argument names.
+
+    Args:
+        argument: Name of the argument, for the error.
+        value: Value of the argument.
 
     Raises:
-        ConfigError: It names none.
+        ConfigError: The value names no preset.
     """
     name = value.lower() if isinstance(value, str) else value
     if not isinstance(name, str) or name not in PRESETS:
@@ -89,15 +97,15 @@ def preset_name(argument: str, value: object) -> str:
 
 
 def suitable_preset(pipe: Any, denoiser: Any) -> str:
-    """The key of `PRESETS` that suits a pipeline as it is now, by its class, its denoiser and its scheduler.
+    """Return the key of `PRESETS` that suits a pipeline as it is now, by its class, its denoiser and its scheduler.
 
     Args:
         pipe: The pipeline.
-        denoiser: The network that its loop evaluates first.
+        denoiser: Network that the pipeline's loop evaluates first.
     """
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what `torch.compile` was given
     settings = getattr(denoiser, "config", None)
-    # a mixin that loads UNets is a part of priors too
+    # priors inherit from a mixin that loads UNets
     is_unet = any("UNet" in name and not name.endswith("Mixin") for name in class_names(denoiser))
     name = next(_kinds(pipe), "other-unet" if is_unet else "other-transformer")
     embeds_guidance = name != "other-unet" and getattr(settings, "time_cond_proj_dim", None) is not None
@@ -111,5 +119,5 @@ def suitable_preset(pipe: Any, denoiser: Any) -> str:
 def _kinds(pipe: Any) -> Iterator[str]:
     for name in class_names(pipe):
         for begin, kind in KINDS.items():
-            if re.match(rf"{begin}\w*Pipeline", name):  # and no mixin, which other pipelines have too
+            if re.match(rf"{begin}\w*Pipeline", name):  # not a mixin, which other pipelines inherit from too
                 yield kind

@@ -1,4 +1,4 @@
-"""Gated attention processors: a processor's own class, plus a gate that decides whether it has to compute."""
+"""Gated attention processors: a processor's own class with a gate that decides whether the processor computes."""
 
 import inspect
 import weakref
@@ -23,22 +23,22 @@ from tgate_processors.gate import Gate
 
 
 class GatedProcessor(metaclass=Disguised):
-    """Mixin over an attention processor: computes with the class below it, stores the output, or reuses it.
+    """Mixin for an attention processor. It computes with the class below it, stores the output, or reuses it.
 
-    What is stored is the output before the layer's residual connection and rescaling, `(batch, tokens, channels)`;
-    a layer with either adds its own fresh residual on reuse. A layer reuses an output only where it fits the input:
-    rows, tokens, channels, device, and which call of the layer in the evaluation it is. Otherwise it computes, and
-    stores anew. Without a gate it only computes.
+    The stored output is the one before the layer's residual connection and rescaling, `(batch, tokens, channels)`. A
+    layer with either adds its own fresh residual when it reuses. A layer reuses an output only if it fits the input:
+    it has the same rows, tokens, channels and device, and comes from the layer's call of the same number in an
+    evaluation. Otherwise the layer computes and stores again. Without a gate it only computes.
 
-    It has the attributes of the processor that it stands in for, the same and not copies: what is set on either is set
-    on both. It is copied and pickled as that processor, and its class compares equal to that processor's.
+    A gated processor shares its attributes with the processor that it stands in for, so setting an attribute on one
+    sets it on the other. It is copied and pickled as that processor, and its class compares equal to that processor's.
 
     Attributes:
-        stands_over: The processor class below; looked up in every call, since it may be patched.
-        below: The processor that it stands in for; None where diffusers made this one anew, by its class.
-        layers: The gated layers that it is one of; None where diffusers made it anew.
-        is_cross_attention: Whether its layer attends to the prompt.
-        state: What it does in the evaluation that is going on.
+        stands_over: The processor class below. Every call looks up its methods, since the class may be patched.
+        below: The processor that this one stands in for; None if diffusers made this one from its class.
+        layers: The gated layers that this one belongs to; None if diffusers made this one from its class.
+        is_cross_attention: Whether the layer attends to the prompt.
+        state: State of the layer during an evaluation.
     """
 
     __slots__ = ("below", "is_cross_attention", "layers", "state")
@@ -75,7 +75,7 @@ class GatedProcessor(metaclass=Disguised):
             _store(state, call, attn, hidden_states, output)
             return output
 
-        setattr(cls, "__call__", __call__)  # noqa: B010  # one for each class, since each has a signature of its own
+        setattr(cls, "__call__", __call__)  # noqa: B010  # each class has its own, since each has its own signature
         carry_signature(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -83,7 +83,7 @@ class GatedProcessor(metaclass=Disguised):
         return object.__new__, (type(below),), *below.__reduce_ex__(2)[2:]
 
     def _gate(self, below: Any, layers: GatedLayers | None, is_cross_attention: bool) -> None:
-        # Past `torch.nn.Module.__setattr__`, where the class below is a module.
+        # Not by `torch.nn.Module.__setattr__`, if the class below is a module.
         object.__setattr__(self, "below", below)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "is_cross_attention", is_cross_attention)
@@ -97,14 +97,14 @@ def _store(state: LayerState, call: int, attn: Any, hidden_states: torch.Tensor,
         output = output - hidden_states
     if state.mode in HALVING:
         if output.shape[0] % 2:
-            return  # no halves
+            return  # the batch has no halves
         is_mean = state.mode is AttentionMode.STORE_MEAN
         output = mean_of_halves(output) if is_mean else half_of(output, first=state.keeps_first_half)
     state.new.append((call, output.to("cpu") if state.offloads else output))
 
 
 def _fits(stored: torch.Tensor, hidden_states: torch.Tensor) -> bool:
-    """Whether an output has the input's rows and tokens; Lumina's has its channels by heads."""
+    """Return whether an output has the input's rows and tokens. In Lumina the channels are split into heads."""
     if hidden_states.ndim == 3:
         return stored.shape[:2] == hidden_states.shape[:2]
     return stored.shape == hidden_states.shape
@@ -126,10 +126,10 @@ def _rescales(attn: Any) -> bool:
 
 
 def carry_signature(cls: Any) -> None:
-    """Have a gated class show the signature of the class below, as it is now.
+    """Set the signature of a gated class's `__call__` to that of the class below, as it is now.
 
-    `Attention.forward` passes on only the keywords that the signature names, and asks for it in every call: a function
-    that carries it answers much faster than one that has to be inspected.
+    `Attention.forward` passes on only the keywords that the signature names, and asks for the signature in every call.
+    A function that carries its signature answers much faster than one that has to be inspected.
     """
     signature = inspect.signature(cls.stands_over.__call__)
     if getattr(cls.__call__, "__signature__", None) != signature:
@@ -137,16 +137,16 @@ def carry_signature(cls: Any) -> None:
 
 
 class TGateAttnProcessor2_0(GatedProcessor, AttnProcessor2_0):  # type: ignore[misc]  # an untyped base
-    """diffusers' default processor, gated."""
+    """The default processor of diffusers, gated."""
 
 
-# A gated class lives as long as a processor of it, and does not keep the class below alive.
+# Weak references: a gated class lives as long as its processors, and does not keep the class below alive.
 _GATED: weakref.WeakKeyDictionary[type, "weakref.ref[type]"] = weakref.WeakKeyDictionary()
 _GATED[AttnProcessor2_0] = weakref.ref(TGateAttnProcessor2_0)
 
 
 def gated_class(base: type) -> Any:
-    """The gated class over a processor class: the same one at every call, while it is in use."""
+    """Return the gated class for a processor class. While that class is in use, every call returns the same one."""
     known = _GATED.get(base)
     cls = None if known is None else known()
     if cls is None:
@@ -157,7 +157,7 @@ def gated_class(base: type) -> Any:
 
 
 def gated(processor: Any, layers: GatedLayers, *, is_cross_attention: bool) -> GatedProcessor:
-    """A gated stand-in for `processor` in one layer, with its attributes."""
+    """Return a gated processor that stands in for `processor` in one layer and shares its attributes."""
     cls = gated_class(type(processor))
     stand_in: GatedProcessor = cls.__new__(cls)
     object.__setattr__(stand_in, "__dict__", processor.__dict__)
@@ -166,11 +166,11 @@ def gated(processor: Any, layers: GatedLayers, *, is_cross_attention: bool) -> G
 
 
 def ungated(processor: Any) -> Any:
-    """The processor that a gated one stands in for; any other one is itself."""
+    """Return the processor that a gated one stands in for. Return any other processor as it is."""
     if not isinstance(processor, GatedProcessor):
         return processor
     below = processor.below
-    if below is None:  # diffusers made it anew, by its class
+    if below is None:  # diffusers made it from its class
         base = type(processor).stands_over
         below = base.__new__(base)
         object.__setattr__(below, "__dict__", processor.__dict__)
@@ -178,16 +178,16 @@ def ungated(processor: Any) -> Any:
 
 
 def gate_layers(network: torch.nn.Module, layers: GatedLayers, *, self_attention: bool) -> dict[str, Any]:
-    """Processors for `set_processors`: gated ones, which `layers` holds from now on, and the others as they are.
+    """Return the processors to set with `set_processors`. Those to gate are gated, and the others are as they were.
 
     Args:
         network: A model with attention processors.
-        layers: The gated layers of the network.
+        layers: Gated layers of the network. Afterwards they hold the gated processors.
         self_attention: Whether self-attention is gated too.
 
     Raises:
-        UnsupportedPipelineError: The network merges tokens around cross-attention, or has a processor whose maps are
-            read in every step.
+        UnsupportedPipelineError: The network merges tokens around cross-attention, or has a processor whose maps the
+            pipeline reads in every step.
     """
     check_merges_no_cross_attention(network)
     cross = cross_attention_layers(network)
@@ -203,34 +203,37 @@ def gate_layers(network: torch.nn.Module, layers: GatedLayers, *, self_attention
     held = {name: processor for name, processor in processors.items() if isinstance(processor, GatedProcessor)}
     layers.hold(held)
     for cls in {type(processor) for processor in held.values()}:
-        carry_signature(cls)  # a class below may have been patched since
+        carry_signature(cls)  # the class below may have been patched since
     return processors
 
 
 def gated_processors(denoiser: torch.nn.Module, gate: Gate) -> dict[str, Any]:
-    """Processors for `denoiser.set_attn_processor(...)` in a loop of your own: gated where `gate` has to decide.
+    """Return processors for `denoiser.set_attn_processor(...)` in a denoising loop of your own.
 
-    Every cross-attention layer gets a gated stand-in for the processor that it has; self-attention layers too where
-    the configuration reuses self-attention. The other layers keep the very processors that they have.
+    Every cross-attention layer gets a gated processor, which stands in for the one that it has. Self-attention layers
+    get one too if the configuration reuses self-attention. The other layers keep their processors.
 
     Args:
         denoiser: A model with attention processors, such as `pipe.unet` or PixArt's `pipe.transformer`.
-        gate: Decides what they do; `gate.start` begins a run.
+        gate: Gate that decides whether the layers compute, store or reuse. `gate.start` begins a run.
 
     Raises:
-        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or a processor whose maps
-            are read in every step.
+        UnsupportedPipelineError: The denoiser has no cross-attention layer of its own, or it merges tokens around
+            cross-attention, or it has a processor whose maps the pipeline reads in every step.
     """
     check_has_cross_attention(denoiser)
     return gate_layers(denoiser, gate.layers, self_attention=gate.config.reuses_self_attention)
 
 
 def ungated_processors(denoiser: torch.nn.Module) -> dict[str, Any]:
-    """Processors for `denoiser.set_attn_processor(...)` that undo `gated_processors`: the ones that it had before."""
+    """Return processors for `denoiser.set_attn_processor(...)` that undo `gated_processors`.
+
+    They are the processors that the denoiser had before.
+    """
     return {name: ungated(layer.processor) for name, layer in attention_layers(denoiser).items()}
 
 
-# Processors that keep the attention maps of every step for their pipeline, and how to do without, in diffusers 0.42.
+# Processors of diffusers 0.42 that keep the attention maps of every step for their pipeline, and what to do instead.
 READ_IN_EVERY_STEP = {
     "AttendExciteAttnProcessor": "Run Attend-and-Excite without T-GATE",
     "LEDITSCrossAttnProcessor": "Pass `use_cross_attn_mask=False, use_intersect_mask=False` to the pipeline",
@@ -242,6 +245,6 @@ def _check_is_not_read(processor: Any) -> None:
     name = type(processor).__name__
     if name in READ_IN_EVERY_STEP:
         raise UnsupportedPipelineError(
-            f"`pipe` must not read its cross-attention in every step beside T-GATE, which reuses it, got layers with "
-            f"{name}. {READ_IN_EVERY_STEP[name]}."
+            f"`pipe` must not read its cross-attention maps in every step, because T-GATE reuses outputs and computes "
+            f"no maps after the gate, got layers with {name}. {READ_IN_EVERY_STEP[name]}."
         )

@@ -1,4 +1,4 @@
-"""A run: one denoising loop from its first evaluation to its end, and all that is kept for it."""
+"""A run: one denoising loop from its first evaluation to its end, with everything that is kept for it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -18,30 +18,40 @@ from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, Schedule, TGateConfi
 
 
 class OtherCache(Protocol):
-    """Another method that keeps something of a network from one evaluation to the next, and must know of the gate."""
+    """Another method's cache of a network, such as DeepCache's, which has to fit the gate."""
 
     def before(self, batch: int, mode: StepMode, call: int) -> None:
-        """Forget what does not fit an evaluation of this batch in this mode, call number `call` for its timestep."""
+        """Clear what does not fit the next evaluation.
+
+        Args:
+            batch: Size of the evaluation's batch.
+            mode: Mode of the evaluation.
+            call: Number of the call for its timestep.
+        """
 
     def left_out(self) -> None:
-        """Take note that a call was left out."""
+        """Note that a call was left out."""
 
     def was_shallow(self) -> bool:
-        """Whether the last evaluation left layers out."""
+        """Return whether the last evaluation skipped layers."""
 
     def forget(self, *, ended: bool) -> None:
-        """Forget what does not fit another run: this one is over, at its last evaluation (`ended`) or before it."""
+        """Clear what does not fit another run, because this run is over.
+
+        Args:
+            ended: Whether the run reached its last evaluation.
+        """
 
 
 class Run:
-    """One denoising loop. It is made when the loop begins and let go when it ends, and never reset.
+    """State of one denoising loop. Each loop has a run of its own, which is never reset.
 
     Attributes:
         config: The gate's settings.
-        clock: The loop's length, and which step an evaluation is in.
-        position: How many evaluations of the loop are behind it.
+        clock: Conversion of the loop's evaluations to steps.
+        position: Number of evaluations of the loop that are done.
         is_over: Whether the loop has ended. Nothing is stored then.
-        closes_at: The first step after the gate, where the run has decided it itself.
+        closes_at: First step after the gate, if the run has decided it itself; else None.
         parts: What the run keeps of each network that was evaluated.
     """
 
@@ -53,11 +63,11 @@ class Run:
         self.closes_at: int | None = None
         self.parts: dict[GatedLayers, Part] = {}
         self._schedules: dict[bool, Schedule] = {}
-        self.schedule()  # says now if the run is too short
+        self.schedule()  # raise now if the run is too short
 
     @classmethod
     def of_nothing(cls, config: TGateConfig) -> "Run":
-        """What stands for a run where there was none: over, with nothing in it."""
+        """Return an empty run that is over, for a gate that has had no run."""
         run = Run(config, StepClock(LEAST_STEPS_FOR_AUTO))
         run.is_over = True
         return run
@@ -67,38 +77,38 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """How far it is, in words."""
+        """How far the run is, in words."""
         if self.is_over:
             return f"over, {self.clock.num_steps} steps"
         return f"step {self.step} of {self.clock.num_steps}, {self.schedule()[self.step].phase.value}"
 
     @property
     def step(self) -> int:
-        """The step that it is in, 0-based."""
+        """Current step, 0-based."""
         return self.clock.step(min(self.position, self.clock.num_evaluations - 1))
 
     @property
     def closed(self) -> bool:
-        """Whether it is in its fidelity-improving phase."""
+        """Whether the run is in its fidelity-improving phase."""
         return not self.is_over and self.schedule()[self.step].phase is Phase.FIDELITY
 
     @property
     def gate_step(self) -> int:
-        """The first step after the gate, as far as it is known; past the run's end where it does not close."""
+        """First step after the gate, as far as it is known. It is past the last step if the gate does not close."""
         return self.schedule().gate_step
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of attention output kept now."""
+        """Number of bytes of attention output that the run keeps now."""
         return sum(part.cache_bytes for part in self.parts.values())
 
     @property
     def dropped_guidance(self) -> bool:
-        """Whether anything of guidance was left out, or was about to be."""
+        """Whether guidance was dropped in any evaluation, or was about to be."""
         return any(part.record.dropped_guidance for part in self.parts.values())
 
     def schedule(self, guidance: bool = True) -> Schedule:
-        """The modes of its steps, for evaluations with guidance or without."""
+        """Return the modes of the run's steps, for evaluations with or without guidance."""
         if guidance not in self._schedules:
             self._schedules[guidance] = Schedule(
                 self.config, self.clock.num_steps, guidance=guidance, closes_at=self.closes_at
@@ -106,50 +116,53 @@ class Run:
         return self._schedules[guidance]
 
     def move_to(self, position: int) -> None:
-        """Go to the loop's evaluation number `position`, 0-based; past the last one the run is over."""
+        """Go to the loop's evaluation number `position`, 0-based. Past the last one the run is over."""
         if position == self.position or self.is_over:
             return
         step = self.step
         self.position = position
         over = position >= self.clock.num_evaluations
         if over or self.step != step:
-            self._look()
+            self._check_convergence()
         for part in self.parts.values():
             part.begin_position()
         if over:
             self.stop()
 
     def stop(self) -> None:
-        """End the run: all that it has stored is let go."""
+        """End the run, and free everything that it has stored."""
         self.is_over = True
         for part in self.parts.values():
             part.let_go()
 
-    def _look(self) -> None:
-        """See whether cross-attention has converged, at the end of a step. Waits for the device where it does."""
+    def _check_convergence(self) -> None:
+        """Close the gate after the step that begins now if cross-attention has converged.
+
+        A part with watched layers waits for the device.
+        """
         converged = [part.has_converged() for part in self.parts.values()]
         if any(converged):
-            self.closes_at = self.step + 1  # the step that begins stores
+            self.closes_at = self.step + 1  # the step that begins now stores
             self._schedules.clear()
             for part in self.parts.values():
                 part.end_watching()
 
 
 class Call:
-    """One evaluation of a network, from before it to after it.
+    """One call of a network: what was decided before its evaluation, for use after it.
 
     Args:
-        number: Which call for its timestep it is.
-        batch: The batch that it was given.
+        number: Number of the call for its timestep, from 0.
+        batch: Size of the batch that the caller gave.
 
     Attributes:
-        inputs: What the network is called with.
-        given: Which of the record's inputs it was given.
-        answer: What the caller gets where the call is left out; None where it is not.
-        has_halves: Whether its batch is two halves; None where nobody can say yet.
-        mode: What attention does.
-        folded: Whether one half of what was given is computed.
-        batch: The batch that is computed.
+        inputs: Inputs that the network computes.
+        given: Index of the caller's inputs in the record's `inputs`.
+        answer: Answer to the caller if the call is left out; else None.
+        has_halves: Whether the batch has two halves; None if this is not known yet.
+        mode: Mode of the attention layers.
+        folded: Whether the network computes one half of the batch.
+        batch: Size of the batch that the network computes.
     """
 
     def __init__(self, number: int, batch: int) -> None:
@@ -164,17 +177,18 @@ class Call:
 
 
 class Part:
-    """What a run keeps of one network: stored outputs, kept guidance, the record.
+    """What a run keeps of one network: stored outputs, kept guidance, and the record.
 
     Args:
         run: The run.
-        layers: The gated layers of the network.
-        strategy: How guidance is done there, made for this run.
-        watched: Cross-attention layers whose convergence closes the gate; none where others decide.
-        decides: Whether the gate closes when they have converged.
-        is_denoiser: Whether it answers with a row for each that it is given, as a ControlNet of videos does not.
-        other_cache: What else keeps something of this network between evaluations.
-        processors: The processors of its attention layers in this run, without the gate.
+        layers: Gated layers of the network.
+        strategy: Strategy of guidance for the network, made for this run.
+        watched: Names of the cross-attention layers that are watched for convergence, if any.
+        decides: Whether the gate closes when the watched layers have converged.
+        is_denoiser: Whether the network is a denoiser, whose output has a row for each input row. A ControlNet of
+            videos has other outputs.
+        other_cache: Another method's cache of the network, if any.
+        processors: Processors of the attention layers in this run, without the gate.
     """
 
     def __init__(
@@ -194,27 +208,27 @@ class Part:
         self.strategy = strategy
         self.record = Record()
         self.processors: Mapping[str, Any] = processors or {}
-        self.calls = 0  # for the timestep at hand
+        self.calls = 0  # number of calls for the current timestep
         self.most_calls = 0
         self.peak_cache_bytes = 0
         self.watch = Watch(run.clock.num_steps)
         self._watched = watched
         self._decides = decides
         self._is_denoiser = is_denoiser
-        self._seen: dict[str, Tensor] = {}  # what the watched layers put out last
+        self._seen: dict[str, Tensor] = {}  # last outputs of the watched layers
         self._other_cache = other_cache
         self._store = Store()
         self.closes_late = False
-        self._answer: Any = None  # of a timestep's first call, for those that are left out
+        self._answer: Any = None  # output of the timestep's first call, for the calls that are left out
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of attention output kept now."""
+        """Number of bytes of attention output that the part keeps now."""
         return sum({id(tensor): tensor.nbytes for tensor in (*self._store.tensors, *self._seen.values())}.values())
 
     @property
     def saved(self) -> bool:
-        """Whether anything was reused or left out."""
+        """Whether any attention was reused, or any branch left out."""
         record = self.record
         return bool(record.left_out) or any(
             evaluation.batch < record.batch_of(evaluation.given)
@@ -223,11 +237,11 @@ class Part:
         )
 
     def before(self, inputs: Inputs, does_guidance: Callable[[], bool | None]) -> Call:
-        """Begin an evaluation: what it is called with, or what is answered for it.
+        """Begin a call: decide which inputs the network computes, or what answers the call in its place.
 
         Args:
-            inputs: What the network is called with.
-            does_guidance: Says whether the pipeline does guidance now, or None.
+            inputs: Inputs that the caller gave.
+            does_guidance: Returns whether the pipeline does guidance now, or None if it does not say.
         """
         run = self.run
         call = Call(self.calls, batch_of(inputs))
@@ -251,15 +265,15 @@ class Part:
         return call
 
     def plan(self, call: Call) -> None:
-        """Decide what attention does in a call, and make what is stored fit it."""
+        """Decide the mode of the attention layers in a call, and make the stored outputs fit it."""
         run = self.run
         if call.number == 0:
-            # A network that was not evaluated in the step that closes the gate closes in the first that it is.
+            # A network that was not evaluated in the step that closes the gate stores in its own first step.
             self.closes_late = run.closed and bool(self.layers.cross_attention) and not self._store.has_cross_attention
         schedule = run.schedule(bool(call.has_halves))
         call.mode = schedule[schedule.gate_step - 1 if self.closes_late else run.step]
         if run.step < schedule.guidance_start and self.strategy.leaves_out(1):
-            call.mode = StepMode.UNGUIDED  # its branches are calls, so that no batch has halves
+            call.mode = StepMode.UNGUIDED  # each branch is a call of its own, so `has_halves` was False
         if call.mode.phase.has_one_branch:
             call.folded = bool(call.has_halves)
             call.batch //= 1 + call.folded
@@ -268,7 +282,7 @@ class Part:
         self._store.drop(call.number, call.mode, keeps_skipped=self._other_cache is not None)
 
     def settings(self, call: Call) -> dict[str, Any]:
-        """What `GatedLayers.put_in` is called with for a call."""
+        """Return the arguments of `GatedLayers.put_in` for a call."""
         return {
             "mode": call.mode,
             "stored": self._store.offer(call.number, call.mode),
@@ -278,15 +292,15 @@ class Part:
         }
 
     def after(self, call: Call, taken: Taken, output: Any) -> Any:
-        """End an evaluation: what the caller gets.
+        """End an evaluation, and return what the caller gets.
 
         Args:
-            call: From `before`.
-            taken: What was taken out of the layers.
-            output: What the network put out.
+            call: The call, from `before`.
+            taken: Outputs that were taken out of the layers.
+            output: Output of the network.
 
         Raises:
-            StateError: It has not as many rows as the network was given.
+            StateError: The output of a denoiser has another number of rows than its input.
         """
         if self._is_denoiser:
             _check_rows(call, output)
@@ -301,12 +315,12 @@ class Part:
         return self.guided_output(call, output, channels)
 
     def guided_output(self, call: Call, output: Any, channels: int | None = None) -> Any:
-        """The output of all that was given, of what was computed; its guidance is noted where all was.
+        """Return the output for the whole batch, and note the guidance in it if both branches were computed.
 
         Args:
-            call: From `before`.
-            output: What the network put out.
-            channels: Number of channels in its sample, if known.
+            call: The call, from `before`.
+            output: Output of the network for what it computed.
+            channels: Number of channels in the network's sample, if known.
         """
         if call.folded:
             return self.strategy.unfold(output, self.run.step)
@@ -315,7 +329,7 @@ class Part:
         return output
 
     def keep(self, call: Call, taken: Taken) -> None:
-        """Keep what the layers have stored, or were watched to put out."""
+        """Keep the outputs that the layers have stored, and those of watched layers."""
         if self.run.is_over or not taken.new:
             return
         if call.mode.cross_attention is AttentionMode.COMPUTE and not call.mode.phase.has_one_branch:
@@ -324,28 +338,32 @@ class Part:
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
 
     def begin_position(self) -> None:
-        """Begin the calls for another timestep."""
+        """Begin the calls for the next timestep."""
         self.calls = 0
         self._answer = None
 
     def has_converged(self) -> bool:
-        """Compare what the watched layers put out in a step with the step before; whether the gate shall close."""
+        """Compare the outputs of the watched layers with those of the step before.
+
+        Returns:
+            Whether they have converged, so that the gate closes.
+        """
         if not self._seen:
             return False
-        rows = next(iter(self._seen.values())).shape[0]  # in a loop of one's own there is no record
+        rows = next(iter(self._seen.values())).shape[0]  # without a pipeline there is no record
         batch = self.record.evaluations[-1].batch if self.record.evaluations else rows
         self.watch.look([self._seen.get(name) for name in self._watched], batch)
         config, num_steps = self.run.config, self.run.clock.num_steps
         return self._decides and has_converged(self.watch.changes, num_steps, config.tolerance)
 
     def end_watching(self) -> None:
-        """Watch no layer any more."""
+        """Stop watching layers."""
         self._watched = ()
         self._seen.clear()
         self.watch.before.clear()
 
     def let_go(self) -> None:
-        """Let all go that is kept for later evaluations, guidance with its strategy."""
+        """Free everything that is kept for later evaluations. The kept guidance goes with its strategy."""
         self.end_watching()
         self._store.clear()
         self._answer = None
@@ -358,7 +376,7 @@ def _check_rows(call: Call, output: Any) -> None:
     rows = rows_of(output, call.inputs)
     if rows != call.batch:
         raise StateError(
-            f"`pipe` must have a denoiser that answers with a row for each that it is given, got {rows} for "
-            f"{call.batch}: something on it keeps what it put out for another batch. Disable that, a cache for "
-            "example, or run without T-GATE."
+            f"`pipe` must have a denoiser that returns one row for each input row, got {rows} for {call.batch}: "
+            "something on it, such as a cache, returns its output for another batch. Disable it, or run without "
+            "T-GATE."
         )

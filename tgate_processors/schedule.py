@@ -1,8 +1,8 @@
-"""When attention is computed, stored and reused: pure data, no torch, no state.
+"""The settings of a gate, and the mode of each step of a run. This is pure data, without torch and without state.
 
 The method is T-GATE's (Zhang et al. 2024, arXiv 2404.02747v1, and Liu et al. 2025, arXiv 2404.02747v2). A run of
-`num_inference_steps` steps (0-based) is a semantics-planning phase up to `gate_step - 1` and a
-fidelity-improving phase from `gate_step` on.
+`num_inference_steps` steps, counted from 0, has a semantics-planning phase up to step `gate_step - 1` and a
+fidelity-improving phase from step `gate_step` on.
 """
 
 from collections.abc import Iterator
@@ -18,40 +18,40 @@ from tgate_processors.errors import ConfigError
 
 Branch = Literal["negative", "positive"]
 GateStep = int | float | Literal["auto"]
-LEAST_CHANGES_FOR_AUTO = 2  # one small change is none
-LEAST_STEPS_FOR_AUTO = LEAST_CHANGES_FOR_AUTO + 3  # a change needs two steps; then one stores, and one gains
+LEAST_CHANGES_FOR_AUTO = 2  # one small change may be chance
+LEAST_STEPS_FOR_AUTO = LEAST_CHANGES_FOR_AUTO + 3  # the first change needs two steps; then one step stores, one reuses
 
 
 @dataclass(frozen=True)
 class TGateConfig:
-    """How a run is gated.
+    """Settings of a gate.
 
     Args:
         gate_step: Number of steps in the semantics-planning phase: a count of at least 1, a fraction of the run
-            between 0 and 1, or `"auto"`, with which each run closes its gate when its own cross-attention has
-            converged. With a count at or past the number of steps the gate never closes: with `sp_interval=1` that
-            is the plain pipeline.
-        sp_interval: In the planning phase self-attention is computed on every `sp_interval`-th step after
-            `warm_up` and reused between; 1 computes it on every step.
-        fi_interval: The same for the fidelity-improving phase. The papers find any value but 1 destructive.
-        warm_up: Steps at the start on which self-attention is always computed.
-        branch: Which branch of classifier-free guidance is denoised after the gate. `None` takes the
-            pipeline family's: `"negative"` as the original, `"positive"` for Stable Video Diffusion; with
-            `look_interval` it takes `"positive"`.
-        look_interval: After the gate, every `look_interval`-th step looks at the text again: it is computed as before
-            the gate. Between two looks one branch goes on, and the guidance of the last look is kept; it fades as fast
-            as the looks have seen it fade. At least 2; None is the papers' method, which drops guidance and does not
-            look again.
+            between 0 and 1, or `"auto"`. With `"auto"` each run closes its gate when its cross-attention has
+            converged. With a count at or past the number of steps the gate never closes, and with `sp_interval=1` the
+            run is then the stock run.
+        sp_interval: Interval, in steps, at which self-attention is computed in the planning phase after `warm_up`. In
+            the other steps it is reused. 1 computes it in every step.
+        fi_interval: The same interval for the fidelity-improving phase. The papers find any value but 1 destructive.
+        warm_up: Last step, 0-based, up to which self-attention is always computed.
+        branch: Branch of classifier-free guidance that goes on after the gate. None takes `"negative"`, as in the
+            original. It takes `"positive"` for pipelines such as Stable Video Diffusion, with `look_interval`, and if
+            the gate drops only guidance.
+        look_interval: Interval, in steps, at which a step after the gate is a look: it is computed in full, with both
+            branches. Between two looks one branch goes on, and the run keeps the guidance of the last look, which
+            fades as fast as the looks have seen it fade. At least 2. None is the papers' method, which has no looks
+            and drops guidance.
         guidance_start: First step, 0-based, with guidance: a count, or a fraction of the run, below `gate_step`. The
-            steps before it denoise the positive branch alone. With `gate_step` it makes a guidance interval
+            steps before it denoise only the positive branch. Together with `gate_step` it makes a guidance interval
             (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-        tolerance: With `gate_step="auto"`: the relative change of cross-attention's output in a twenty-fifth of the
-            run, between 0 and 1, under which it has converged. `measure_convergence` shows a model's own.
-        offload_cache: Keep stored outputs in the host's memory: for those at their device's limit, since each step
-            after the gate then waits for them.
+        tolerance: Relative change of cross-attention's output in a twenty-fifth of the run, between 0 and 1, under
+            which `gate_step="auto"` takes it to have converged. `measure_convergence` measures the changes of a model.
+        offload_cache: Whether stored outputs are kept in the host's memory. This is for runs at the limit of their
+            device's memory, because each step after the gate then waits for the outputs.
 
     Raises:
-        ConfigError: An argument breaks its rule.
+        ConfigError: An argument has a value that is not allowed.
     """
 
     _: KW_ONLY
@@ -86,7 +86,7 @@ class TGateConfig:
         return f"{type(self).__name__}({self})"
 
     def __str__(self) -> str:
-        """The settings that are not the defaults."""
+        """Return the settings that differ from the defaults."""
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
 
@@ -96,15 +96,23 @@ class TGateConfig:
         return self.sp_interval > 1 or self.fi_interval > 1
 
     def require_known_gate_step(self) -> None:
-        """Raise `ConfigError` where it is left to the run."""
+        """Raise `ConfigError` if `gate_step` is `"auto"`, which only a run can decide."""
         if self.gate_step == "auto":
             raise ConfigError(
-                '`gate_step` must be a count or a fraction where nothing is run, got "auto", which a run decides. '
-                "Pass for example `gate_step=0.4`."
+                '`gate_step` must be a count or a fraction where nothing is run, got "auto", which only a run can '
+                "decide. Pass for example `gate_step=0.4`."
             )
 
     def schedule(self, num_inference_steps: int, *, guidance: bool = True) -> "Schedule":
-        """The modes of a run of `num_inference_steps` steps; print it for a table."""
+        """Return the modes of a run, which print as a table.
+
+        Args:
+            num_inference_steps: Number of steps in the run.
+            guidance: Whether the run has two branches of classifier-free guidance, one of which the gate drops.
+
+        Raises:
+            ConfigError: The number of steps does not fit the settings.
+        """
         return Schedule(self, num_inference_steps, guidance=guidance)
 
 
@@ -138,21 +146,23 @@ def _begins_after_the_gate(guidance_start: object, gate_step: object) -> ConfigE
 
 
 class Schedule(Shown):
-    """The mode of every step of a run. Indexes and iterates as a tuple of `StepMode`; prints as a table.
+    """The mode of every step of a run.
+
+    A schedule can be indexed and iterated like a tuple of `StepMode`, and prints as a table.
 
     Args:
         config: The gate's settings.
-        num_inference_steps: Number of steps that are run, at least 1.
-        guidance: Whether the run has two branches of classifier-free guidance, one of which is dropped.
-        closes_at: What a run with `gate_step="auto"` has decided; None: nothing yet.
+        num_inference_steps: Number of steps in the run, at least 1.
+        guidance: Whether the run has two branches of classifier-free guidance, one of which the gate drops.
+        closes_at: First step after the gate, if a run with `gate_step="auto"` has decided it; else None.
 
     Attributes:
-        gate_step: The first step, 0-based, after the gate; the number of steps or more where it does not close.
-        guidance_start: The first step, 0-based, with guidance.
+        gate_step: First step after the gate, 0-based. It is the number of steps or more if the gate does not close.
+        guidance_start: First step with guidance, 0-based.
 
     Raises:
-        ConfigError: `num_inference_steps` is no whole number of at least 1, or too few for `gate_step="auto"`, or
-            guidance would begin after the gate.
+        ConfigError: `num_inference_steps` is not a whole number of at least 1, or is too small for
+            `gate_step="auto"`, or guidance would begin after the gate.
     """
 
     def __init__(
@@ -186,14 +196,14 @@ class Schedule(Shown):
         yield Table(rows)
 
     def depends_on_guidance(self, step: int) -> bool:
-        """Whether anything in a step depends on the run's doing guidance."""
+        """Return whether the mode of a step depends on whether the run does guidance."""
         looks = self.config.look_interval is not None
         return looks or step <= self.guidance_start or step >= self.gate_step - 1
 
     def _mode(self, step: int, num_inference_steps: int) -> StepMode:
         if step < self.guidance_start and self.guidance:
             return StepMode.UNGUIDED
-        # Nothing is stored that no later step reads: whatever comes next stores anew unless it reuses.
+        # A step stores only what the next step reuses. So the last step stores nothing.
         is_last = step + 1 == num_inference_steps
         self_attention = AttentionMode.COMPUTE
         if self._reuses_self(step):
@@ -227,12 +237,12 @@ def _gate_step(config: TGateConfig, num_inference_steps: int) -> int:
         if num_inference_steps < LEAST_STEPS_FOR_AUTO:
             raise ConfigError(
                 f'`num_inference_steps` must be at least {LEAST_STEPS_FOR_AUTO} with `gate_step="auto"`, got '
-                f"{num_inference_steps}: there is no time to measure. Pass a count, for example `gate_step=1`."
+                f"{num_inference_steps}: too few steps to measure. Pass a count, for example `gate_step=1`."
             )
         return num_inference_steps
     return max(1, _steps(config.gate_step, num_inference_steps))
 
 
 def _steps(value: int | float, num_inference_steps: int) -> int:
-    """A count, or a fraction of the run, as a count."""
+    """Return a number of steps, from a count or from a fraction of the run."""
     return round(value * num_inference_steps) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""What a gated run did, as a record that prints."""
+"""Summary of what a gated run did."""
 
 import math
 from collections import Counter
@@ -22,7 +22,13 @@ from tgate_processors.schedule import LEAST_CHANGES_FOR_AUTO, Schedule
 
 @dataclass(frozen=True)
 class _Counter:
-    """What counts a network's evaluations, and which they were."""
+    """Evaluations of a network, with the counter of their cost.
+
+    Args:
+        network: Counter of the cost.
+        evaluations: Evaluations that were computed.
+        given: Index of its inputs, for each call of the pipeline.
+    """
 
     network: NetworkCost
     evaluations: tuple[Evaluation, ...]
@@ -31,17 +37,17 @@ class _Counter:
 
 @dataclass(frozen=True)
 class Summary(Shown):
-    """What a gated run did. Its arithmetic is counted when it is first asked for, which takes a second or so.
+    """What a gated run did. The arithmetic is counted when it is first asked for, which takes about a second.
 
     Args:
-        settings: What the gate was set to, and by which preset.
-        schedule: The modes of its steps; None where there was no run.
-        evaluations: The calls of the denoiser that were computed, in order.
-        side_evaluations: The calls of each ControlNet.
-        cache_bytes: Bytes of attention output kept at the peak.
-        changes: Where the run decided itself: of cross-attention in the steps from 1 on, by which it decided.
-        counters: What counts the arithmetic of each network.
-        known: The notes that need no counting.
+        settings: Settings of the gate in words, with the preset's name.
+        schedule: Modes of the run's steps; None if there was no run.
+        evaluations: Evaluations of the denoiser, in order.
+        side_evaluations: Evaluations of each ControlNet.
+        cache_bytes: Largest number of bytes of attention output that the run kept at a time.
+        changes: Changes of cross-attention in the steps from 1 on, if the run watched it to decide its gate step.
+        counters: Evaluations of each network, with the counters of their cost.
+        known: Notes that do not depend on counting.
     """
 
     settings: str
@@ -55,42 +61,42 @@ class Summary(Shown):
 
     @cached_property
     def _counted(self) -> tuple[Cost, int, tuple[str, ...]]:
-        """The cost, the stock pipeline's multiply-accumulates, and why they could not be counted."""
+        """The cost, the stock pipeline's multiply-accumulates, and a note if they could not be counted."""
         try:
             cost = sum((counter.network.of(counter.evaluations) for counter in self.counters), Cost())
             return cost, sum(counter.network.stock(counter.given).macs for counter in self.counters), ()
-        except Exception as error:  # a network that cannot be run on the meta device, for whatever reason
+        except Exception as error:  # a network may fail to run on the meta device for any reason
             return Cost(), 0, (_not_counted(error),)
 
     @property
     def cost(self) -> Cost:
-        """The arithmetic and the calls of attention layers of all evaluations."""
+        """Arithmetic and calls of attention layers in all evaluations."""
         return self._counted[0]
 
     @property
     def stock_macs(self) -> int:
-        """Multiply-accumulates of the stock pipeline's calls; 0 where they could not be counted."""
+        """Multiply-accumulates of the stock pipeline's calls; 0 if they could not be counted."""
         return self._counted[1]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What else is to be known: what could not be counted, and why."""
+        """Notes on the run and its counting, such as what could not be counted and why."""
         return tuple(dict.fromkeys([*self.known, *self._counted[2]]))
 
     @property
     def gate_closed_at(self) -> int | None:
-        """The first step, 0-based, of the fidelity-improving phase; None where the gate never closed."""
+        """First step of the fidelity-improving phase, 0-based; None if the gate never closed."""
         has_closed = any(evaluation.mode.phase is Phase.FIDELITY for evaluation in self.evaluations)
         return self.schedule.gate_step if has_closed and self.schedule is not None else None
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """The batch of every evaluation of the denoiser."""
+        """Batch size of each evaluation of the denoiser."""
         return tuple(evaluation.batch for evaluation in self.evaluations)
 
     @property
     def macs_saved(self) -> float:
-        """The part of the stock pipeline's arithmetic that was not done, 0 to 1; NaN where it could not be counted."""
+        """Share of the stock pipeline's arithmetic that the run saved, 0 to 1; NaN if it could not be counted."""
         return 1 - self.cost.macs / self.stock_macs if self.stock_macs else math.nan
 
     def __repr__(self) -> str:
@@ -139,7 +145,7 @@ class Summary(Shown):
             return []
         last = ", ".join(f"{change:.3f}" for change in self.changes[-LEAST_CHANGES_FOR_AUTO:])
         word = "under" if schedule.gate_step < len(schedule) else "not all under"
-        return [("  of itself", f"cross-attention changed by {last}: {word} {schedule.config.tolerance:g}")]
+        return [("  decided by", f"cross-attention changed by {last}: {word} {schedule.config.tolerance:g}")]
 
 
 def _batches(evaluations: Sequence[Evaluation]) -> str:
@@ -155,11 +161,11 @@ def _not_counted(error: Exception) -> str:
 
 
 def summarize(loop: Loop, settings: str) -> Summary:
-    """The record of the loop's last run. It raises nothing: what it cannot tell, it says.
+    """Return the summary of the loop's last run. It raises no error, but notes what it cannot tell.
 
     Args:
         loop: The loop.
-        settings: What its gate was set to, in words.
+        settings: Settings of the gate, in words.
     """
     run = loop.run
     notes = [
@@ -176,11 +182,11 @@ def summarize(loop: Loop, settings: str) -> Summary:
                 deepcache = loop.deepcache if network in loop.denoisers else None
                 counter = _network_cost(network.module, part, deepcache, notes)
                 counters.append(_Counter(counter, tuple(part.record.evaluations), tuple(part.record.given)))
-    except Exception as error:  # a network that cannot be copied, for whatever reason
+    except Exception as error:  # a network may fail to be copied for any reason
         counters.clear()
         notes.append(_not_counted(error))
     begun = any(part.calls for part in run.parts.values())
-    if run.position + begun < run.clock.num_evaluations:  # it is going on, or failed or was cancelled
+    if run.position + begun < run.clock.num_evaluations:  # the run is not over, or it failed or was cancelled
         notes.append(f"{run.step} of {run.clock.num_steps} steps are done")
     return Summary(
         settings,
@@ -200,7 +206,7 @@ def _evaluations(run: PipelineRun, network: Any) -> tuple[Evaluation, ...]:
 
 
 def _network_cost(module: Any, part: Part, deepcache: Any, notes: list[str]) -> NetworkCost:
-    """What counts a network's evaluations; it says what it counts otherwise than it was."""
+    """Return the counter of a network's cost, and add notes on what it counts differently from the run."""
     processors = part.processors
     model = meta_copy(module, processors)
     pairs = {(_name(processors.get(name)), _name(layer.processor)) for name, layer in attention_layers(model).items()}

@@ -260,7 +260,7 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         body = file.read(length)
-        if file.read(4) != zlib.crc32(kind + body).to_bytes(4):
+        if file.read(4) != zlib.crc32(kind + body).to_bytes(4, "big"):
             return
         yield kind, body
 

@@ -10,6 +10,7 @@ You can stop it and start it again, as with `demo.train`. It needs `peft`.
 
 import argparse
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tgate_processors.demo.world import RESOLUTION, caption, sample_scenes
 CHUNK = 64  # runs of the teacher per file
 LATENTS = (LATENT_CHANNELS, RESOLUTION // SCALE, RESOLUTION // SCALE)
 STRIDE = 1000 // TEACHER_STEPS  # timesteps between two steps of the teacher
+USED_SETTINGS = ("peft_type", "inference_mode", "r", "lora_alpha", "target_modules")  # kept in its config
 HUBER = 1e-3  # error below which the loss is nearly quadratic
 
 
@@ -188,6 +190,11 @@ def save_adapter(folder: Path, network: nn.Module) -> None:
     assert isinstance(adapted, PeftModel)
     adapted.save_pretrained(str(folder))
     (folder / "README.md").unlink()  # an empty template
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    settings["target_modules"].sort()
+    # only settings with a use, because an older peft warns about names that it does not know
+    config.write_text(json.dumps({name: settings[name] for name in USED_SETTINGS}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

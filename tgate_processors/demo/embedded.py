@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
-from transformers import AutoTokenizer
 
 from tgate_processors._pipelines import denoisers_of
 from tgate_processors.errors import ConfigError, MissingPackageError
@@ -74,12 +73,10 @@ def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.f
         )
     # `low_cpu_mem_usage=True` needs `accelerate`, and a model this small gains nothing from it
     settings = {DTYPE: dtype, "local_files_only": True, "low_cpu_mem_usage": False}
-    parts = {"tokenizer": None}  # loaded below, since transformers 4 and 5 have different classes for its file
+    parts = {}
     if embedded is not None and embedded.vae is not None:
         parts["vae"] = AutoencoderKL.from_pretrained(WEIGHTS / embedded.vae, subfolder="vae", **settings)
-    pipe = DiffusionPipeline.from_pretrained(folder, **parts, **settings)
-    pipe.register_modules(tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
-    return pipe
+    return DiffusionPipeline.from_pretrained(folder, **parts, **settings)
 
 
 def _adapted(teacher: str, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:

@@ -9,12 +9,14 @@ has run them as a whole.
 
 import argparse
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
@@ -29,6 +31,7 @@ from tgate_processors.demo.model import build_scheduler, build_vae
 from tgate_processors.demo.render import render
 from tgate_processors.demo.trainer import Settings, Trainer, add_options, processes, rank, share, step_generator
 from tgate_processors.demo.world import caption, sample_scenes
+from tgate_processors.errors import MissingPackageError
 
 
 POOL = 48  # chunks of encoded pictures that the denoiser learns from
@@ -102,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MissingPackageError(
+            f"`transformers` must be version 5 or newer to build the tokenizers, got {transformers.__version__}. "
+            "Run `pip install -U transformers`."
+        )
     recipe = RECIPES[options.model]
     settings = Settings(
         steps=recipe.steps if options.steps is None else options.steps,
@@ -251,10 +259,21 @@ def save_weights(folder: Path, recipe: Recipe, vae: AutoencoderKL, network: nn.M
     # transformers loads in the dtype of this file, diffusers in float32, and a pipeline needs one dtype
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    _let_transformers_4_read_the_tokenizer(folder)
     if recipe.denoiser == "unet":  # transformers 5.23 writes names that 5.0 does not know; both read these
         weights = folder / "text_encoder" / "model.safetensors"
         named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
         save_file(named, weights, metadata={"format": "pt"})
+
+
+def _let_transformers_4_read_the_tokenizer(folder: Path) -> None:
+    index, config = folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"
+    parts, settings = json.loads(index.read_text()), json.loads(config.read_text())
+    library, name = parts["tokenizer"]
+    parts["tokenizer"] = [library, f"{name.removesuffix('Fast')}Fast"]  # transformers 5 has one class of both names
+    settings.pop("extra_special_tokens", None)  # a list, where transformers 4 wants a dictionary
+    index.write_text(json.dumps(parts, indent=2) + "\n")
+    config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":
