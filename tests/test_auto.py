@@ -37,38 +37,38 @@ def closing_at(step, steps=STEPS):
 def test_a_change_is_relative_and_of_the_sample_that_changed_most():
     watch = Watch(num_steps=25)
     before = torch.ones(4, 3, 2)
-    watch.look([before], 4)
+    watch.compare([before], 4)
     now = before.clone()
     now[1] *= 1.5
     now[2] *= 0.9
-    watch.look([now], 4)
+    watch.compare([now], 4)
     assert watch.changes == [[pytest.approx(0.5)]]
-    watch.look([now * 2], 2)  # of two samples with two rows each
+    watch.compare([now * 2], 2)  # of two samples with two rows each
     assert watch.changes[1] == [pytest.approx(1.0)]
 
 
 def test_changes_are_of_a_twenty_fifth_of_the_run():
     for steps, factor in ((25, 1.0), (50, 2.0), (10, 0.4)):
         watch = Watch(steps)
-        watch.look([torch.ones(1, 2)], 1)
-        watch.look([torch.full((1, 2), 1.1)], 1)
+        watch.compare([torch.ones(1, 2)], 1)
+        watch.compare([torch.full((1, 2), 1.1)], 1)
         assert watch.changes == [[pytest.approx(0.1 * factor, rel=1e-5)]]
 
 
 def test_a_layer_that_was_passed_over_is_not_looked_at():
     watch = Watch(25)
     kept, other = torch.ones(1, 2), torch.ones(1, 2)
-    watch.look([kept, other], 1)
-    watch.look([kept, other * 2], 1)
+    watch.compare([kept, other], 1)
+    watch.compare([kept, other * 2], 1)
     assert watch.changes == [[pytest.approx(1.0)]]
-    watch.look([None, None], 1)
+    watch.compare([None, None], 1)
     assert len(watch.changes) == 1
 
 
 def test_nothing_that_stays_nothing_has_not_changed():
     watch = Watch(25)
-    watch.look([torch.zeros(1, 2)], 1)
-    watch.look([torch.zeros(1, 2)], 1)
+    watch.compare([torch.zeros(1, 2)], 1)
+    watch.compare([torch.zeros(1, 2)], 1)
     assert watch.changes == [[0.0]]
 
 
@@ -99,7 +99,7 @@ def test_what_is_not_a_number_never_converges():
     assert not has_converged([[nan, 0.01], [0.01, 0.01]], 10, 0.1)
     watch = Watch(25)
     for value in (1.0, nan, nan, 1.0):
-        watch.look([torch.full((1, 2), value)], 1)
+        watch.compare([torch.full((1, 2), value)], 1)
     assert [change != change for [change] in watch.changes] == [True, True, True]
 
 
@@ -160,8 +160,8 @@ def test_a_run_that_does_not_converge_is_the_stock_run():
 
 def test_the_device_is_waited_for_once_a_step(monkeypatch):
     looks = []
-    look = Watch.look
-    monkeypatch.setattr(Watch, "look", lambda self, *args: (looks.append(len(self.before)), look(self, *args)))
+    look = Watch.compare
+    monkeypatch.setattr(Watch, "compare", lambda self, *args: (looks.append(len(self.before)), look(self, *args)))
     waits = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (waits.append(self.shape), tolist(self))[1])

@@ -780,9 +780,13 @@ def test_gradients_through_checkpoints(name, config):
 def test_reentrant_checkpoints_are_refused_where_attention_is_stored():
     with pytest.raises(StateError, match=r"gradient checkpointing must not be reentrant .* got `use_reentrant=True`"):
         gradients(SD, "reentrant")
-    plain = gradients(SD, None, NEVER)
+
+
+@pytest.mark.parametrize("config", [NEVER, TGateConfig(gate_step=99, guidance_start=2)])
+def test_gradients_through_reentrant_checkpoints_where_attention_is_only_computed(config):
+    plain = gradients(SD, None, config)
     torch.testing.assert_close(
-        gradients(SD, "reentrant", NEVER), plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max())
+        gradients(SD, "reentrant", config), plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max())
     )
 
 

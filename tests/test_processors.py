@@ -111,11 +111,11 @@ def test_reuse_adds_its_own_residual(residual, rescale, picture):
     layers = GatedLayers()
     attn.set_processor(gated(AttnProcessor2_0(), layers, is_cross_attention=False))
     layers.hold({"layer": attn.processor})
-    layers.put_in(StepMode.PLANNING_STORE_SELF, {})
+    layers.begin(StepMode.PLANNING_STORE_SELF, {})
     with torch.no_grad():
         computed = attn(old)
-        [(_, stored)] = layers.take_out().new["layer"]
-        layers.put_in(StepMode.PLANNING_REUSE_SELF, {"layer": [stored]})
+        [(_, stored)] = layers.end().new["layer"]
+        layers.begin(StepMode.PLANNING_REUSE_SELF, {"layer": [stored]})
         expected = computed + (new - old) / rescale if residual else computed
         torch.testing.assert_close(attn(new), expected, rtol=0, atol=1e-6)
 

@@ -76,7 +76,7 @@ class GatedLayers:
         self._cross = {name: layer for name, layer in layers.items() if layer.is_cross_attention}
         self._self = {name: layer for name, layer in layers.items() if not layer.is_cross_attention}
 
-    def put_in(
+    def begin(
         self,
         mode: StepMode,
         stored: Outputs,
@@ -109,7 +109,7 @@ class GatedLayers:
                 state.mode = AttentionMode.STORE
                 self._busy.append((name, state))
 
-    def take_out(self) -> "Taken":
+    def end(self) -> "Taken":
         """End the evaluation, after which every layer only computes. Return what the layers have stored."""
         taken = Taken(self._cross.keys())
         for name, state in self._busy:

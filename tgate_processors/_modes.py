@@ -69,3 +69,8 @@ class StepMode(Enum):
     @property
     def self_attention(self) -> AttentionMode:
         return self.value[2]
+
+    @property
+    def only_computes(self) -> bool:
+        """Whether no layer stores or reuses."""
+        return self.cross_attention is self.self_attention is AttentionMode.COMPUTE

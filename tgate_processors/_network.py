@@ -13,7 +13,6 @@ from tgate_processors._folding import Inputs, timestep_of
 from tgate_processors._gated_layers import GatedLayers, Taken
 from tgate_processors._installation import Installation
 from tgate_processors._interception import intercept, interceptor_of, release
-from tgate_processors._modes import StepMode
 from tgate_processors.run import Call, Part
 
 
@@ -137,12 +136,12 @@ class GatedNetwork(NotTheLoop):
         if call.answer is not None:
             return call, nullcontext()
         settings = part.settings(call)
-        self.layers.put_in(**settings)
+        self.layers.begin(**settings)
         return call, self._checkpoints(call, settings) if torch.is_grad_enabled() else nullcontext()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _leave(self) -> Taken:
-        return self.layers.take_out()
+        return self.layers.end()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _answer(self, loop: EvaluatesNetworks, part: Part, call: Call, taken: Taken, output: Any) -> Any:
@@ -172,13 +171,13 @@ class GatedNetwork(NotTheLoop):
         @contextmanager
         def again() -> Iterator[None]:
             with self._lock, self._set_aside():
-                self.layers.put_in(**settings)
+                self.layers.begin(**settings)
                 try:
                     yield
                 finally:
-                    self.layers.take_out()
+                    self.layers.end()
 
-        return checkpoints_kept(self.module, again, is_gated=call.mode is not StepMode.PLANNING)
+        return checkpoints_kept(self.module, again, is_gated=not call.mode.only_computes)
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:

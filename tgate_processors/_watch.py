@@ -54,7 +54,7 @@ class Watch:
         self.before: list[Tensor | None] = []
         self._scale = to_paper_steps(num_steps)
 
-    def look(self, outputs: Sequence[Tensor | None], batch: int) -> None:
+    def compare(self, outputs: Sequence[Tensor | None], batch: int) -> None:
         """Compare the outputs of the layers in a step with those of the step before. This waits for the device once.
 
         A layer that was not evaluated in the step, as with DeepCache, has the same tensor as in the step before. It is

@@ -127,7 +127,7 @@ class LoopRun(Run):
         """
         if self.is_over:
             raise StateError("`advance` was called after the end of the run. Call `gate.start` for another run.")
-        self._part.keep(self._call, self._layers.take_out())
+        self._part.keep(self._call, self._layers.end())
         self.move_to(self.position + 1)
         if not self.is_over:
             self._begin_step()
@@ -135,11 +135,11 @@ class LoopRun(Run):
     def stop(self) -> None:
         """End the run before its last step. It frees what it stored, and the layers only compute."""
         if not self.is_over:
-            self._layers.take_out()
+            self._layers.end()
         super().stop()
 
     def _begin_step(self) -> None:
         self._call = Call(0, self._rows)
         self._call.has_halves = self._rows == 2
         self._part.plan(self._call)
-        self._layers.put_in(**self._part.settings(self._call))
+        self._layers.begin(**self._part.settings(self._call))

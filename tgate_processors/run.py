@@ -133,7 +133,7 @@ class Run:
         """End the run, and free everything that it has stored."""
         self.is_over = True
         for part in self.parts.values():
-            part.let_go()
+            part.free()
 
     def _check_convergence(self) -> None:
         """Close the gate after the step that begins now if cross-attention has converged.
@@ -282,7 +282,7 @@ class Part:
         self._store.drop(call.number, call.mode, keeps_skipped=self._other_cache is not None)
 
     def settings(self, call: Call) -> dict[str, Any]:
-        """Return the arguments of `GatedLayers.put_in` for a call."""
+        """Return the arguments of `GatedLayers.begin` for a call."""
         return {
             "mode": call.mode,
             "stored": self._store.offer(call.number, call.mode),
@@ -352,7 +352,7 @@ class Part:
             return False
         rows = next(iter(self._seen.values())).shape[0]  # without a pipeline there is no record
         batch = self.record.evaluations[-1].batch if self.record.evaluations else rows
-        self.watch.look([self._seen.get(name) for name in self._watched], batch)
+        self.watch.compare([self._seen.get(name) for name in self._watched], batch)
         config, num_steps = self.run.config, self.run.clock.num_steps
         return self._decides and has_converged(self.watch.changes, num_steps, config.tolerance)
 
@@ -362,7 +362,7 @@ class Part:
         self._seen.clear()
         self.watch.before.clear()
 
-    def let_go(self) -> None:
+    def free(self) -> None:
         """Free everything that is kept for later evaluations. The kept guidance goes with its strategy."""
         self.end_watching()
         self._store.clear()

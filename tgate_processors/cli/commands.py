@@ -363,12 +363,28 @@ def _pipeline_of(options: Options, device: torch.device) -> Any:
     if options.model in EMBEDDED:
         pipe = load_demo_pipeline(options.model, dtype=dtype)
     else:
+        if not options.trust_remote_code:
+            _require_no_code(Path(options.model))
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             options.model, use_safetensors=True, trust_remote_code=options.trust_remote_code, **{DTYPE: dtype}
         )
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _require_no_code(folder: Path) -> None:
+    """Raise `ConfigError` if a pipeline's folder brings code; diffusers before 0.38 runs it without being asked."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text()) if index.is_file() else {}
+    named = parts.pop("_class_name", None)
+    files = [folder / f"{named[0]}.py"] if isinstance(named, list) else []
+    files += [folder / name / f"{part[0]}.py" for name, part in parts.items() if isinstance(part, list)]
+    for file in filter(Path.is_file, files):
+        raise ConfigError(
+            f"`--trust-remote-code` must be given for a model that brings its own code, got {str(file)!r}. "
+            "Read the file first."
+        )
 
 
 def _architecture_of(options: Options) -> Architecture:

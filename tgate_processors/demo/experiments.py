@@ -290,16 +290,16 @@ class Loop:
         for index in range(first * self.order, self.evaluations):
             step = index // self.order
             if step == first or step in variant.looks:
-                self.layers.put_in(StepMode.CLOSING_UNGUIDED, {})
+                self.layers.begin(StepMode.CLOSING_UNGUIDED, {})
                 unguided, guided = state.evaluate(self.pipe.unet, index, chunk.negative, chunk.positive)
                 stored = self._kept(variant)
                 kept.note(guided - unguided, step)
                 output = unguided + SCALE * (guided - unguided)
             else:
                 glances = step in variant.glances or variant.computes
-                self.layers.put_in(StepMode.CLOSING_UNGUIDED if glances else StepMode.FIDELITY, stored)
+                self.layers.begin(StepMode.CLOSING_UNGUIDED if glances else StepMode.FIDELITY, stored)
                 (output,) = state.evaluate(self.pipe.unet, index, chunk.positive)
-                new = self.layers.take_out().new
+                new = self.layers.end().new
                 if glances:
                     stored = {name: [output for _, output in outputs] for name, outputs in new.items()}
                 output = output + (SCALE - variant.stored) * kept.at(step)
@@ -308,7 +308,7 @@ class Loop:
 
     def _kept(self, variant: Variant) -> Outputs:
         """Return what the variant stores of the layers' outputs for both branches."""
-        new = self.layers.take_out().new
+        new = self.layers.end().new
         always = [name for index, name in enumerate(self.layers.cross_attention) if index in variant.always]
         kept: Outputs = {}
         for name, [(_, output)] in new.items():
