@@ -96,7 +96,7 @@ def test_quality_reports_the_ways_that_are_done(monkeypatch, capsys, tmp_path):
     assert list(report["samplers"]) == ["ddim"]
     assert [row["name"] for row in report["samplers"]["ddim"]["rows"]] == ["stock", "gate step 2"]
     assert report["settings"]["interrupted"] is True
-    assert "interrupted: this is of what was done" in said.err
+    assert "interrupted: the report covers what was done until then" in said.err
     assert picture.is_file()
 
 

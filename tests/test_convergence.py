@@ -133,7 +133,7 @@ def test_calibrate(tmp_path, capsys):
     convergence = Convergence.load(out)
     gate_step = convergence.gate_step(0.2)
     assert gate_step < 10
-    assert f"gate step {gate_step} of 10: the middle one of 2 prompts stays under 0.2" in printed
+    assert f"gate step {gate_step} of 10: the median of 2 prompts (" in printed
     assert f"TGateConfig(gate_step={gate_step})" in printed
     assert picture.is_file()
     assert main([*arguments, "--json"]) == 0
@@ -195,8 +195,8 @@ def refused(path):
 
 
 def test_no_file(tmp_path):
-    assert "no file. Pass one." in refused(tmp_path / "none")
-    assert "no file. Pass one." in refused(tmp_path)
+    assert "no file. Pass a file." in refused(tmp_path / "none")
+    assert "no file. Pass a file." in refused(tmp_path)
 
 
 def test_a_file_that_cannot_be_written_is_the_systems_error(tmp_path):
@@ -352,7 +352,7 @@ def test_metadata_of_something_else(metadata, said, tmp_path):
         ({"changes": torch.zeros(1, 2, 3)}, "no names of 3 layers"),
         ({"changes": torch.zeros(2, 2, 2)}, "no 2 prompts"),
         *(
-            ({"changes": torch.tensor([[[0.5, 0.5], [0.5, value]]])}, "no numbers from 0 on")
+            ({"changes": torch.tensor([[[0.5, 0.5], [0.5, value]]])}, "negative or not finite")
             for value in (float("nan"), float("inf"), -float("inf"), -0.125)
         ),
     ],

@@ -34,7 +34,14 @@ def test_the_command_draws_and_tells(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     gate = {"sd": "0.4", "pixart": "0.6"}.get(name, "0.25")  # the papers'
     assert f"{name}: 4 steps, gate_step={gate}, " in printed
-    for line in ("arithmetic, GMACs a picture", "faster", "attributes right", "pictures all right", "dB", str(out)):
+    for line in (
+        "arithmetic, GMACs a picture",
+        "faster",
+        "attributes correct",
+        "pictures fully correct",
+        "dB",
+        str(out),
+    ):
         assert line in printed
     with Image.open(out) as picture:
         assert picture.width == 16 + 80 + 192 + 16

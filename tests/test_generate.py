@@ -196,10 +196,10 @@ def test_another_job_in_the_same_folder_is_refused(other, folder, prompts, loade
         (
             ["a large red square on a white background", *PROMPTS[1:]],
             "0-a-large-red",
-            "of another prompt or another place among them",
+            "of another prompt, or of a prompt in another place",
         ),
-        ([*PROMPTS[1:], PROMPTS[0]], "0-a-large-red", "of another prompt or another place among them"),
-        (PROMPTS[:2], "2-a-large-blue", "of another prompt or another place among them"),
+        ([*PROMPTS[1:], PROMPTS[0]], "0-a-large-red", "of another prompt, or of a prompt in another place"),
+        (PROMPTS[:2], "2-a-large-blue", "of another prompt, or of a prompt in another place"),
         ([PROMPTS[0], PROMPTS[1].upper(), PROMPTS[2]], "1-a-small-green", "of another `PROMPT`"),
     ],
 )

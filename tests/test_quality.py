@@ -276,11 +276,11 @@ def test_the_frontier_by_hand():
     names = [row.name for row in REPORT.frontier()]
     assert names == ["gate step 4", "gate step 5", "gate step auto", "gate step 6", "stock"]
     printed = str(REPORT)
-    assert f"gate step {REPORT.gate_step()}: of the papers' gates, the largest fitted score less half" in printed
-    assert "gate step auto: the gate closed at step 5, the middle of 4 to 7" in printed
+    assert f"gate step {REPORT.gate_step()} has the largest fitted score minus half of the arithmetic" in printed
+    assert "gate step auto: the gate closed at step 5 in the median run, 4 to 7 in all" in printed
     assert "broken: RuntimeError: no" in printed
     assert REPORT.as_dict()["frontier"] == names
-    assert repr(REPORT) == "Report(sampler toy, 7 ways)"
+    assert repr(REPORT) == "Report(sampler toy, 7 methods)"
     assert REPORT._repr_html_().startswith("<table>")
 
 
@@ -310,7 +310,7 @@ def test_samplers_together_by_hand():
     assert papers.to_stock.high > 0 > papers.to_stock.low
     assert papers.to_papers is None
     assert "all samplers" in str(quality)
-    assert repr(quality) == "Quality(4 ways under one, two)"
+    assert repr(quality) == "Quality(4 methods under one, two)"
     assert "all samplers" not in str(replace(quality, reports=(report,)))
 
 

@@ -97,15 +97,15 @@ def test_the_table_says_what_keeps_the_budget():
     lines = str(tuning(psnr=24, arithmetic=0.75)).splitlines()
     assert lines[0] == "pipeline toy, steps 9"
     marks = {line.split()[0]: line.split()[-1] for line in lines if line.startswith("gate_step=")}
-    assert marks == {"gate_step=1": "32.7)", "gate_step=2": "chosen", "gate_step=3": "kept", "gate_step=4": "52.7)"}
+    assert marks == {"gate_step=1": "32.7)", "gate_step=2": "chosen", "gate_step=3": "within", "gate_step=4": "52.7)"}
     assert lines[-1] == "tgate = apply_tgate(pipe, TGateConfig(gate_step=2))"
 
 
 def test_where_nothing_keeps_the_budget_it_says_what_is_possible():
     nothing = tuning(psnr=35, arithmetic=0.7)
     assert str(nothing).splitlines()[-1] == (
-        "no setting keeps the budget (at least 35 dB, at most 0.7 of the arithmetic): the cheapest does 0.50 of the "
-        "arithmetic, the likest has 40.0 dB"
+        "no setting is within the budget (at least 35 dB, at most 0.7 of the arithmetic): the cheapest does 0.50 of "
+        "the arithmetic, the nearest to stock has 40.0 dB"
     )
     assert nothing.as_dict()["chosen"] is None
     assert "(at least 99 dB)" in str(tuning(psnr=99))
@@ -318,7 +318,7 @@ def test_the_command_says_that_nothing_keeps_the_budget(monkeypatch, tmp_path, c
     monkeypatch.setattr("tgate_processors.cli.commands.tune", lambda pipe, prompts, **_: tuning(psnr=99))
     picture = tmp_path / "t.png"
     assert main([*ARGUMENTS, "--psnr", "99", "--out", str(picture)]) == 0
-    assert "no setting keeps the budget (at least 99 dB): the cheapest does 0.50" in capsys.readouterr().out
+    assert "no setting is within the budget (at least 99 dB): the cheapest does 0.50" in capsys.readouterr().out
     assert picture.is_file()
 
 
@@ -330,7 +330,7 @@ def test_the_command_ends_with_what_is_done(few, monkeypatch, tmp_path, capsys):
     record = json.loads(said.out)
     assert record["chosen"]["python"] == "tgate = apply_tgate(pipe, TGateConfig(gate_step=4))"
     assert record["settings"]["interrupted"] is True
-    assert "tgate-processors tune: interrupted: this is of what was done" in said.err
+    assert "tgate-processors tune: interrupted: the report covers what was done until then" in said.err
 
 
 @pytest.mark.parametrize(
@@ -339,8 +339,8 @@ def test_the_command_ends_with_what_is_done(few, monkeypatch, tmp_path, capsys):
         ([], "`--psnr` or `--arithmetic` must be given, got neither"),
         (["--psnr", "0"], "`--psnr` must be a positive number of dB, got 0.0"),
         (["--psnr", "nan"], "`--psnr` must be a positive number of dB, got nan"),
-        (["--arithmetic", "1.5"], "`--arithmetic` must be a part of the stock run's, between 0 and 1, got 1.5"),
-        (["--arithmetic", "0"], "`--arithmetic` must be a part of the stock run's, between 0 and 1, got 0.0"),
+        (["--arithmetic", "1.5"], "`--arithmetic` must be a share of the stock run's, between 0 and 1, got 1.5"),
+        (["--arithmetic", "0"], "`--arithmetic` must be a share of the stock run's, between 0 and 1, got 0.0"),
         (["--psnr", "30", "--steps", "2"], "`--steps` must be a whole number of at least 3, got 2"),
         (["--psnr", "30", "--count", "0"], "`--count` must be a whole number of at least 1, got 0"),
         (["--psnr", "30", "--sampler", "dpm"], f"`--sampler` must be one of {', '.join(SAMPLERS)}, got 'dpm'"),
@@ -367,7 +367,7 @@ def test_bad_arguments(arguments, message, capsys, monkeypatch, tmp_path):
     [
         ({"psnr": None}, "`psnr` or `arithmetic` must be given, got neither"),
         ({"psnr": -1}, "`psnr` must be a positive number of dB, got -1"),
-        ({"arithmetic": math.nan}, "`arithmetic` must be a part of the stock run's, between 0 and 1, got nan"),
+        ({"arithmetic": math.nan}, "`arithmetic` must be a share of the stock run's, between 0 and 1, got nan"),
         ({"prompts": []}, r"`prompts` must be a list of at least one prompt, got \[\]"),
         ({"prompts": "a circle"}, "`prompts` must be a list of at least one prompt, got 'a circle'"),
         ({"num_inference_steps": 2}, "`num_inference_steps` must be a whole number of at least 3, got 2"),

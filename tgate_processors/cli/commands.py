@@ -1,4 +1,4 @@
-"""What each command does with its options; `options.py` has them."""
+"""The functions that run the commands. `options.py` defines their options."""
 
 import argparse
 import json
@@ -44,18 +44,18 @@ from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 Options = argparse.Namespace
 DONE = 0
-QUICK_COUNT = 12  # prompts of the demo with `--quick`
-PAGE_COUNT = 3  # of them on the page
+QUICK_COUNT = 12  # held-out prompts with `quality --quick`
+PAGE_COUNT = 3  # example prompts on the page of `explore`
 
 
 def disable_loading_bars() -> None:
-    """Those of the libraries, which do not ask whether they write to a terminal."""
+    """Disable the progress bars of diffusers and transformers, which also appear where stderr is no terminal."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
 
 def run_demo(options: Options) -> int:
-    """Compare the pipelines on an embedded model."""
+    """Compare the stock and the gated pipeline on an embedded model."""
     if options.model not in EMBEDDED:
         raise ConfigError(f"`--model` must be one of {', '.join(EMBEDDED)}, got {options.model!r}.")
     for name in ("count", "rounds"):
@@ -80,7 +80,7 @@ def run_demo(options: Options) -> int:
 
 
 def run_generate(options: Options) -> int:
-    """Draw the prompts that are not drawn yet."""
+    """Draw the prompts whose pictures the folder does not hold yet."""
     prompts = _prompts_of(options)
     _require_prompts(prompts, options)
     _require_seed(options)
@@ -112,7 +112,7 @@ def run_generate(options: Options) -> int:
 
 
 def run_cost(options: Options) -> int:
-    """Count an architecture, or a pipeline on disk."""
+    """Count the arithmetic of an architecture, or of a pipeline on disk."""
     cost = counting.run_cost(_architecture_of(options), _config_of(options), cache_interval=options.cache_interval)
     _print(cost, options)
     return DONE
@@ -152,7 +152,7 @@ def run_table(options: Options) -> int:
 
 
 def run_calibrate(options: Options) -> int:
-    """Measure, and suggest a gate step."""
+    """Measure how cross-attention converges, and suggest a gate step."""
     require_tolerance(options.tolerance)
     _require_measurable(options)
     if options.out:
@@ -166,7 +166,7 @@ def run_calibrate(options: Options) -> int:
         if options.out:
             with writing("--out", options.out):
                 convergence.save(options.out)
-    finally:  # where the file fails, what was measured is printed at least
+    finally:  # print the result even if the file cannot be written
         _print(suggestion(pipe, convergence, options.tolerance, **call), options)
     if options.plot:
         with writing("--plot", options.plot):
@@ -175,7 +175,7 @@ def run_calibrate(options: Options) -> int:
 
 
 def run_quality(options: Options) -> int:
-    """Measure the demo's model, or one's own."""
+    """Measure what each method costs on an embedded model, or on the user's own."""
     _require_measurable(options)
     for sampler in options.sampler:
         require_sampler(sampler)
@@ -184,8 +184,8 @@ def run_quality(options: Options) -> int:
         _require_prompts(prompts, options)
     elif prompts:
         raise ConfigError(
-            f"`PROMPT` must be left out for an embedded model, whose own prompts are read, got {len(prompts)}. "
-            "Pass `--count`."
+            "`PROMPT` must be left out for an embedded model, which draws held-out prompts of its own, got "
+            f"{len(prompts)}. Pass `--count` for the number of these."
         )
     pipe = _pipeline_of(options, _device_of(options))
     call = _measured_call_of(options)
@@ -217,7 +217,7 @@ def run_quality(options: Options) -> int:
 
 
 def run_tune(options: Options) -> int:
-    """Find the cheapest settings that keep the budget."""
+    """Find the cheapest settings within the budget."""
     require_budget(options.psnr, options.arithmetic)
     if options.sampler is not None:
         require_sampler(options.sampler)
@@ -246,7 +246,7 @@ def run_tune(options: Options) -> int:
 
 
 def run_explore(options: Options) -> int:
-    """Serve the page."""
+    """Serve the page with the gate's settings as sliders."""
     call = _measured_call_of(options)
     steps = call.pop("num_inference_steps")
     require_whole("--steps", steps, least=2)
@@ -263,7 +263,7 @@ def run_explore(options: Options) -> int:
     return DONE
 
 
-# What several commands have in common
+# Shared by several commands
 
 
 def _require_prompts(prompts: list[str], options: Options) -> None:
@@ -271,7 +271,7 @@ def _require_prompts(prompts: list[str], options: Options) -> None:
         raise ConfigError("`PROMPT` must be given, or `--prompts FILE`, got neither. Pass what to draw.")
     if options.model in EMBEDDED:
         for prompt in prompts:
-            parse(prompt)  # says what the world of the embedded models does not know
+            parse(prompt)  # raises for what the embedded models do not know
 
 
 def _require_measurable(options: Options) -> None:
@@ -282,8 +282,8 @@ def _require_measurable(options: Options) -> None:
 
 
 def _require_seed(options: Options) -> None:
-    if not -(2**63) <= options.seed < 2**63:  # those of torch, with room to count on
-        raise ConfigError(f"`--seed` must be a whole number of 64 bits, got {options.seed}. Pass for example 0.")
+    if not -(2**63) <= options.seed < 2**63:  # torch's seeds end at 2**64, which leaves room for seed + i
+        raise ConfigError(f"`--seed` must be a whole number of 64 bits, got {options.seed}. Pass 0, for example.")
 
 
 def _require_plot(options: Options) -> None:
@@ -296,7 +296,10 @@ def _print(result: Any, options: Options) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: the likeness of equal pictures, and the interval of a single one, are null."""
+    """Replace numbers that are not finite by None, since JSON has none.
+
+    The likeness of equal pictures is infinite, and so is the interval of a single picture.
+    """
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -319,7 +322,7 @@ def _config_of(options: Options) -> TGateConfig:
 
 
 def _papers_of(model: str) -> TGateConfig:
-    """The papers' gate for the model, or else for SDXL."""
+    """Return the papers' gate for the model, or the one for SDXL if the model has no preset."""
     embedded = EMBEDDED.get(model)
     return PRESETS.get(model if embedded is None else embedded.preset, PRESETS["sdxl"]).config
 
@@ -329,7 +332,7 @@ def _prompts_of(options: Options) -> list[str]:
 
 
 def _prompts_or_held_out(options: Options) -> list[str]:
-    """Those that are given, or some of the demo's own."""
+    """Return the given prompts. If none is given, return held-out prompts of the embedded model."""
     prompts = _prompts_of(options)
     if not prompts and options.model in EMBEDDED:
         prompts = [caption(scene) for scene in held_out_scenes(options.count, options.seed)]
@@ -338,7 +341,10 @@ def _prompts_or_held_out(options: Options) -> list[str]:
 
 
 def _call_of(options: Options, **others: Any) -> dict[str, Any]:
-    """Arguments of the pipeline's call: those that are given, and an embedded model's own or else the others."""
+    """Return the arguments of the pipeline's call.
+
+    Options that are given replace the embedded model's own arguments. Any other model takes `others` for these.
+    """
     given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     own = EMBEDDED[options.model].call if options.model in EMBEDDED else others
     return {**own, **{name: value for name, value in given.items() if value is not None}}

@@ -1,4 +1,4 @@
-"""The page of `tgate-processors explore`: a prompt drawn stock and gated, with the gate's settings as sliders."""
+"""The page of `tgate-processors explore`, which draws a prompt with the stock and with the gated pipeline."""
 
 import os
 import socket
@@ -22,10 +22,10 @@ from tgate_processors.measure.samplers import SAMPLERS, sampler_on
 from tgate_processors.schedule import TGateConfig
 
 
-HOST = "127.0.0.1"  # nobody else's machine
+HOST = "127.0.0.1"  # other machines do not reach the page
 MOST_STEPS, MOST_LOOKS = 50, 12
-LEAST_WIDTH = 384  # pixels of a picture on the page: the embedded models' have 64
-LABELS = {"text": "prompt", "num_inference_steps": "steps"}  # Python's names here
+LEAST_WIDTH = 384  # pixels of a picture on the page, since the embedded models draw only 64
+LABELS = {"text": "prompt", "num_inference_steps": "steps"}  # the page's labels for Python arguments
 
 
 def require_port(port: int) -> None:
@@ -36,18 +36,18 @@ def require_port(port: int) -> None:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((HOST, port))
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"`--port` must be a port that is free here, got {port}: {error}. Pass another.") from error
+        raise ConfigError(f"`--port` must be a free port here, got {port}: {error}. Pass another.") from error
 
 
 @contextmanager
 def gradio() -> Iterator[Any]:
-    """The package, told to send no analytics; its files are gone after the context.
+    """Import `gradio` with its analytics off, and delete its files when the context ends.
 
     Raises:
         MissingPackageError: `gradio` is not installed.
     """
     with TemporaryDirectory() as files:
-        # read while it is imported, and while components are made
+        # gradio reads these during its import, and when it makes components
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=files)
         try:
             import gradio
@@ -59,13 +59,15 @@ def gradio() -> Iterator[Any]:
 
 
 class Drawer:
-    """Draws pairs, one at a time, until it is closed; it keeps the last stock run, for while only the gate moves.
+    """Drawer of the page's pictures, one pair at a time, until it is closed.
+
+    It keeps the last stock run, which need not run again while only the gate changes.
 
     Args:
-        pipe: A pipeline that makes images, not gated.
+        pipe: Pipeline that makes images, without a gate.
         call: Arguments of the pipeline's call, such as `guidance_scale`.
-        config: The gate's settings that the page leaves alone.
-        check_prompt: Raises `ValueError` for a prompt that the model does not know; None: any will do.
+        config: Settings of the gate. The page replaces the gate step and the look interval.
+        check_prompt: Function that raises `ValueError` for a prompt that the model does not know. None accepts any.
     """
 
     def __init__(
@@ -87,14 +89,14 @@ class Drawer:
     def draw(
         self, prompt: str, steps: int, sampler: str, seed: int, gate_step: int, look_interval: int, *, tell: Tell
     ) -> tuple[Image.Image, Image.Image, str, Any]:
-        """The stock and the gated picture, what is told of them, and the figure of the convergence.
+        """Return the stock picture, the gated picture, their figures as Markdown, and the plot of the convergence.
 
         Raises:
-            ValueError: A setting breaks its rule; `ConfigError` where the library says it.
+            ValueError: A setting breaks its rule. The library's own errors are `ConfigError`.
             StateError: The drawer is closed.
         """
         if not prompt.strip():
-            raise ConfigError("`prompt` must say what to draw, got nothing. Write it.")
+            raise ConfigError("`prompt` must say what to draw, got nothing. Write a prompt.")
         if self._check_prompt is not None:
             self._check_prompt(prompt)
         asked = Asked(prompt, steps, self._call, None if sampler == OWN else sampler, seed)
@@ -113,23 +115,23 @@ class Drawer:
 
     def _check_is_open(self) -> None:
         if self._closed:
-            raise StateError("The page has ended: nothing more is drawn.")
+            raise StateError("The page has ended, so it draws nothing more.")
 
     def close(self) -> None:
-        """End what is being drawn, after the evaluation that is going on; nothing is drawn from then on."""
+        """Stop the current drawing after its current evaluation, and refuse further ones."""
         self._closed = True
         with self._drawing:
             pass
 
 
 def serve(gr: Any, page: Any, drawer: Drawer, port: int) -> None:
-    """Serve a page to this machine alone until Ctrl-C.
+    """Serve the page to this machine alone until Ctrl-C.
 
     Args:
-        gr: From `gradio`.
-        page: From `build_page`.
-        drawer: What draws for it.
-        port: A free port.
+        gr: The module that `gradio()` yields.
+        page: Page from `build_page`.
+        drawer: Drawer of the page's pictures.
+        port: Free port.
     """
     page.launch(
         server_name=HOST,
@@ -140,7 +142,7 @@ def serve(gr: Any, page: Any, drawer: Drawer, port: int) -> None:
         ssr_mode=False,
         run_history=False,
         footer_links=[],
-        # no fonts of another host
+        # without fonts from another host
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
@@ -149,19 +151,19 @@ def serve(gr: Any, page: Any, drawer: Drawer, port: int) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        drawer.close()  # a thread that computes while Python ends makes it abort
-        page.server.should_exit = True  # not waited for: browsers keep their connections
+        drawer.close()  # Python aborts if a thread still computes at its exit
+        page.server.should_exit = True  # without a wait, because browsers keep their connections open
 
 
 def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequence[str] = ()) -> Any:
-    """The page, as `gradio.Blocks`.
+    """Return the page as `gradio.Blocks`.
 
     Args:
-        gr: From `gradio`.
-        drawer: What draws for it.
+        gr: The module that `gradio()` yields.
+        drawer: Drawer of the page's pictures.
         title: Name of the model.
-        steps: Number of denoising steps at first.
-        prompts: Examples of what to draw.
+        steps: Number of denoising steps that the page shows first.
+        prompts: Example prompts.
     """
 
     def draw(
@@ -171,7 +173,7 @@ def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequ
         seed: int,
         gate_step: int,
         look_interval: int,
-        progress: Any = gr.Progress(),  # noqa: B008  # gradio looks for it here
+        progress: Any = gr.Progress(),  # noqa: B008  # gradio finds its progress bar by this default
     ) -> tuple[Any, ...]:
         def tell(part: float, name: str) -> None:
             progress(part, desc=name)
@@ -203,14 +205,14 @@ def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequ
                     config.look_interval or 0,
                     step=1,
                     label="look interval",
-                    info="after the gate, steps from one look at the text to the next; 0 and 1 are no looks",
+                    info="steps from one look (a step after the gate, in full) to the next; 0 and 1 for no looks",
                 )
                 steps_slider = gr.Slider(2, max(MOST_STEPS, steps), steps, step=1, label="steps")
                 with gr.Row():
                     sampler = gr.Dropdown(_samplers_for(drawer.pipe), value=OWN, label="sampler", min_width=140)
                     seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=100)
                 if prompts:
-                    gr.Examples(list(prompts), prompt, label="prompts that it was not taught")
+                    gr.Examples(list(prompts), prompt, label="prompts that the model never saw in training")
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     settings = {"format": "png", "interactive": False, "min_width": 140, "buttons": ["download"]}
@@ -231,7 +233,7 @@ def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequ
             draw,
             [prompt, steps_slider, sampler, seed, gate_step, look_interval],
             [stock, gated, figures, curve],
-            concurrency_limit=1,  # a pipeline draws one thing at a time
+            concurrency_limit=1,  # a pipeline cannot run twice at the same time
             trigger_mode="always_last",
             show_progress_on=[stock, gated],
         )
@@ -239,9 +241,9 @@ def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequ
 
 
 def told(pair: Pair) -> str:
-    """What the gate saved and changed, as Markdown."""
+    """Return what the gate saved and changed, as Markdown."""
     summary = pair.summary
-    rows = [  # of three columns, which fit on a telephone
+    rows = [  # three columns fit on a phone
         ("", "stock", "gated"),
         ("---",) * 3,
         ("seconds", f"{pair.stock.seconds:.2f}", f"{pair.seconds:.2f}"),
@@ -253,7 +255,7 @@ def told(pair: Pair) -> str:
     ]
     notes = [*pair.notes, *summary.notes]
     if pair.stock.convergence is None:
-        notes.append("There is no curve: a run of fewer steps than 5, or without cross-attention, has none.")
+        notes.append("There is no curve, because the run has fewer than 5 steps or no cross-attention.")
     table = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*table, "", f"`TGateConfig({pair.config})`", "", *(f"- {note}" for note in notes)])
 
@@ -277,7 +279,7 @@ def _enlarged(picture: Tensor) -> Image.Image:
 
 
 def _in_labels(message: str) -> str:
-    """The message of a Python call in the page's words, as HTML."""
+    """Return the message of a Python call with the page's labels for its arguments, as HTML."""
     for name, label in LABELS.items():
         message = message.replace(f"`{name}`", f"`{label}`")
     return escape(message)

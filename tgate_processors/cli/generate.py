@@ -1,4 +1,4 @@
-"""Pictures of many prompts, gated, into a folder: on one device, or shared out by `accelerate launch`."""
+"""Draw the pictures of many prompts into a folder, on one device or on those of `accelerate launch`."""
 
 import hashlib
 import json
@@ -28,24 +28,24 @@ from tgate_processors.schedule import TGateConfig
 
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-KEYWORD = "tgate-processors"  # under which a picture has its settings
+KEYWORD = "tgate-processors"  # name of the PNG text that holds a picture's settings
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make, and all that makes it what it is: a second run knows the picture by that.
+    """One picture to draw, with all settings that determine it. A later run recognises the picture by them.
 
     Args:
-        prompt: What to draw.
-        seed: The seed of its noise.
-        steps: Denoising steps; None: the pipeline has no such setting.
-        guidance_scale: The scale of classifier-free guidance; None: the pipeline has no such setting.
-        config: The gate's settings.
-        with_stock: Whether the stock pipeline's picture stands left of it.
+        prompt: What the picture shows.
+        seed: Seed of the noise that the picture starts from.
+        steps: Number of denoising steps. None if the pipeline has no such setting.
+        guidance_scale: Scale of classifier-free guidance. None if the pipeline has no such setting.
+        config: Settings of the gate.
+        with_stock: Whether the stock pipeline's picture is drawn on the left.
         model: Name of the pipeline.
-        weights: Its `fingerprint`.
-        dtype: The type of its weights.
-        device: Kind of its device.
+        weights: Hash of the pipeline, from `fingerprint`.
+        dtype: Type of the pipeline's weights.
+        device: Kind of the pipeline's device.
     """
 
     prompt: str
@@ -60,13 +60,13 @@ class Job:
     device: str
 
     def record(self) -> dict[str, Any]:
-        """All settings by their names, as JSON has them."""
+        """Return all settings by name, in types that JSON has."""
         settings = asdict(self)
         return {**settings.pop("config"), **settings}
 
 
 def given_or_own(given: float | None, pipe: Any, name: str) -> Any:
-    """A setting of a pipeline's call: as given, or the pipeline's own; None where that is no number."""
+    """Return the given setting, or else the default of the pipeline's call. None if the default is no number."""
     if given is not None:
         return given
     parameter = signature(pipe.__call__).parameters.get(name)
@@ -74,7 +74,7 @@ def given_or_own(given: float | None, pipe: Any, name: str) -> Any:
 
 
 def fingerprint(pipe: Any) -> str:
-    """What tells a pipeline's weights and its parts' settings apart: a folder or a name may come to hold others."""
+    """Return a hash of a pipeline's weights and settings, because its folder or its name may later hold others."""
     digest = hashlib.sha256(type(pipe).__name__.encode())
     for name, part in sorted(pipe.components.items()):
         digest.update(f"{name} {type(part).__name__} {_settings_of(part)}".encode())
@@ -86,15 +86,15 @@ def fingerprint(pipe: Any) -> str:
 
 def _settings_of(part: Any) -> list[tuple[str, Any]]:
     config = getattr(part, "config", None)
-    public = config.items() if isinstance(config, Mapping) else ()  # a model of transformers has its class's
+    public = config.items() if isinstance(config, Mapping) else ()  # no mapping in transformers
     return sorted((name, value) for name, value in public if not name.startswith("_"))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out.
+    """Return the prompts of a text file, one from each line that is not empty.
 
     Raises:
-        ConfigError: The file cannot be read, is no text, or has no prompt in it.
+        ConfigError: The file cannot be read, is not in UTF-8, or holds no prompt.
     """
     rule = f"`--prompts` must be a text file in UTF-8 with a prompt on each line, got {str(path)!r}"
     try:
@@ -102,39 +102,39 @@ def read_prompts(path: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"{rule}: {error.strerror}. Pass one that can be read.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{rule}: byte {error.start} is not. Save it in UTF-8.") from error
+        raise ConfigError(f"{rule}: byte {error.start} is not UTF-8. Save the file in UTF-8.") from error
     # not `splitlines`, which ends a line at other characters too
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise ConfigError(f"{rule}: empty. Write one.")
+        raise ConfigError(f"{rule}: it holds no prompt. Write one.")
     return prompts
 
 
 def generate(
     pipe: Any, jobs: Sequence[Job], folder: Path, *, share: Share | None = None, **call_kwargs: Any
 ) -> list[Path]:
-    """Make the pictures that `folder` does not hold yet, with a progress bar.
+    """Draw the pictures that `folder` does not hold yet, with a progress bar.
 
-    A picture is there whole or not at all, so an interrupted run goes on where it was.
+    The folder never holds a part of a picture, so a run that was interrupted can continue where it stopped.
 
     Args:
-        pipe: A pipeline that makes images, not gated.
-        jobs: The pictures; the name of each is its place among them and its prompt.
-        folder: Where they go; it is made where there is none.
-        share: This process's share of the jobs; None: all.
-        call_kwargs: Arguments of the pipeline's call that are the same for all of them.
+        pipe: Pipeline that makes images, without a gate.
+        jobs: Pictures to draw. The name of each file is the job's index and its prompt.
+        folder: Folder for the pictures, which is created if it does not exist.
+        share: Share of the jobs for this process. None for all of them.
+        call_kwargs: Arguments of the pipeline's call that are the same for all jobs.
 
     Returns:
-        The paths of the pictures that this process made.
+        Paths of the pictures that this process drew.
 
     Raises:
-        ConfigError: `folder` holds a picture of another job; nothing is drawn.
+        ConfigError: `folder` holds a picture of another job. Then nothing is drawn.
     """
     share = share or Share()
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(jobs) - 1))
     paths = {folder / f"{index:0{digits}}-{_slug(job.prompt)}.png": job for index, job in enumerate(jobs)}
-    _require_no_other(folder, paths)
+    _require_no_conflict(folder, paths)
     mine = dict(share.of(list(paths.items())))
     missing = {path: job for path, job in mine.items() if not _is_whole(path)}
     bar = tqdm(
@@ -148,13 +148,13 @@ def generate(
     for path, job in bar:
         gated = picture = _draw(pipe, job, call_kwargs, gated=True)
         if job.with_stock:
-            picture = _beside(_draw(pipe, job, call_kwargs, gated=False), gated, job)
+            picture = _side_by_side(_draw(pipe, job, call_kwargs, gated=False), gated, job)
         _save(picture, path, job.record() | {"size": gated.size, "versions": _versions()})
     return list(missing)
 
 
 def _versions() -> dict[str, str]:
-    """They are told, not compared: an update in the middle of many prompts is no other job."""
+    """Return the versions that a picture records. No run compares them, so a package may be updated in between."""
     return {"tgate-processors": __version__} | {name: metadata.version(name) for name in ("torch", "diffusers")}
 
 
@@ -176,7 +176,7 @@ def _draw(pipe: Any, job: Job, call_kwargs: Mapping[str, Any], *, gated: bool) -
     return images[0]
 
 
-def _beside(stock: Image.Image, gated: Image.Image, job: Job) -> Image.Image:
+def _side_by_side(stock: Image.Image, gated: Image.Image, job: Job) -> Image.Image:
     said = {"steps": job.steps, "guidance scale": job.guidance_scale, "seed": job.seed}
     settings = [f"{name} {value}" for name, value in said.items() if value is not None]
     return sheet(
@@ -192,35 +192,42 @@ def _save(picture: Image.Image, path: Path, settings: Mapping[str, Any]) -> None
     written.add_text(KEYWORD, json.dumps(settings, sort_keys=True))
     unfinished = path.with_suffix(".unfinished")
     with writing("--out", path):
-        unfinished.unlink(missing_ok=True)  # of a run that was killed, or a link that was laid there
-        with unfinished.open("xb") as file:  # which follows no link
+        unfinished.unlink(missing_ok=True)  # left by a killed run, or a link that was planted there
+        with unfinished.open("xb") as file:  # "x" follows no link
             picture.save(file, format="PNG", pnginfo=written)
         unfinished.replace(path)
 
 
-def _require_no_other(folder: Path, jobs: Mapping[Path, Job]) -> None:
+def _require_no_conflict(folder: Path, jobs: Mapping[Path, Job]) -> None:
     for path in sorted(folder.glob("*.png")):
-        if said := _said_against(path, jobs.get(path)):
+        if conflict := _conflict(path, jobs.get(path)):
             raise ConfigError(
-                f"`--out` must hold no picture of other settings, got {str(path)!r} {said}. "
+                f"`--out` must hold no picture of other settings, got {str(path)!r} {conflict}. "
                 "Remove it, or choose another folder."
             )
 
 
-def _said_against(path: Path, job: Job | None) -> str | None:
-    """Why a picture is not the job's, nor somebody else's and in nobody's way; None where nothing is wrong."""
+def _conflict(path: Path, job: Job | None) -> str | None:
+    """Return how a picture in the folder conflicts with the jobs, or None if it does not.
+
+    A picture that this command did not write conflicts only if it has the path of a job.
+
+    Args:
+        path: Path of the picture.
+        job: Job of this path. None if no job has it.
+    """
     found = _settings_in(path)
     if job is None:
-        return None if found is None else "of another prompt or another place among them"
+        return None if found is None else "of another prompt, or of a prompt in another place"
     if found is None:
-        return None if _has_nothing(path) else "without settings"
+        return None if _ends_before_pixels(path) else "without settings"
     wanted = job.record()
     other = [f"`{name}`" for name in wanted if name not in found or found[name] != wanted[name]]
     return f"of another {', '.join(other)}" if other else None
 
 
 def _settings_in(path: Path) -> dict[str, Any] | None:
-    """What this command wrote into a picture; None: nothing."""
+    """Return the settings that this command wrote into a picture. None if there are none."""
     with path.open("rb") as file:
         before_pixels = takewhile(lambda chunk: chunk[0] != b"IDAT", _chunks(file))
         texts = [body for kind, body in before_pixels if kind == b"tEXt" and body.startswith(f"{KEYWORD}\0".encode())]
@@ -240,14 +247,14 @@ def _is_whole(path: Path) -> bool:
         return any(kind == b"IEND" for kind, _ in _chunks(file))
 
 
-def _has_nothing(path: Path) -> bool:
-    """Whether a file is the beginning of a picture, cut off before its pixels."""
+def _ends_before_pixels(path: Path) -> bool:
+    """Return whether a file is the beginning of a PNG file, cut off before its pixels."""
     data = path.read_bytes()
     return SIGNATURE.startswith(data[: len(SIGNATURE)]) and b"IDAT" not in data
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The whole parts of a PNG file, each its kind and its body, up to where it is cut off or damaged."""
+    """Yield the kind and the body of each whole chunk of a PNG file, up to where the file is cut off or damaged."""
     if file.read(len(SIGNATURE)) != SIGNATURE:
         return
     while len(head := file.read(8)) == 8:

@@ -1,4 +1,4 @@
-"""The command `tgate-processors`: its options. `commands.py` has what they do."""
+"""The options of the command `tgate-processors`. `commands.py` runs the commands."""
 
 import argparse
 import os
@@ -18,35 +18,36 @@ from tgate_processors.schedule import TGateConfig
 
 
 DESCRIPTION = """\
-T-GATE for diffusers pipelines: cross-attention is computed until it has converged, then reused, and guidance is
-dropped with it. Faster text-to-image, without training."""
+T-GATE makes diffusers pipelines faster, without training. After a gate step it reuses the cross-attention of that
+step, and drops classifier-free guidance."""
 
 EPILOG = """\
 examples:
-  tgate-processors demo                                          see it, on the small model that comes along
-  tgate-processors cost --model sdxl --gate-step 10              what a run saves; no weights are loaded
-  tgate-processors bench --model sdxl --dtype bfloat16           what it takes on this machine, and what others take
-  tgate-processors table                                         the original's benchmark table, measured here
-  tgate-processors calibrate --model FOLDER "a red fox"          which gate step your model suggests
-  tgate-processors quality --quick                               what each choice costs in pictures
-  tgate-processors tune --model FOLDER "a red fox" --psnr 30     the cheapest settings for your model
-  tgate-processors generate --model FOLDER --prompts FILE        pictures of many prompts, resumable
-  tgate-processors explore                                       a page here, with the gate's settings as sliders
+  tgate-processors demo                                          see what the gate does on a small embedded model
+  tgate-processors cost --model sdxl --gate-step 10              count what a run saves, without weights
+  tgate-processors bench --model sdxl --dtype bfloat16           time the gate and other accelerators here
+  tgate-processors table                                         measure the original's benchmark table here
+  tgate-processors calibrate --model FOLDER "a red fox"          find the gate step that your model suggests
+  tgate-processors quality --quick                               measure what each method costs in accuracy
+  tgate-processors tune --model FOLDER "a red fox" --psnr 30     find the cheapest settings for your model
+  tgate-processors generate --model FOLDER --prompts FILE        draw many prompts, and resume where it stopped
+  tgate-processors explore                                       serve a page with the gate's settings as sliders
 
-`tgate-processors COMMAND --help` has the options of each. Without `--model` a command takes the embedded model.
-exit codes: 0 done; 1 something is missing or cannot be read or written; 2 a bad argument; 130 interrupted by Ctrl-C,
-after which what was done is reported, or in its files."""
+`tgate-processors COMMAND --help` lists the options of a command. The default model is an embedded Stable Diffusion.
+exit codes: 0 done; 1 something is missing, or cannot be read or written; 2 a bad argument; 130 interrupted by Ctrl-C.
+A command that is interrupted reports what it has done, or leaves it in its files."""
 
-EMBEDDED = "sd, lcm, pixart or pixart-lcm"  # in words: a help text must not wait for the models' module
+EMBEDDED = "sd, lcm, pixart or pixart-lcm"  # written out, because a help text must not import the models' module
 GUIDANCE_SCALE = "scale of classifier-free guidance (default: the pipeline's own)"
 DTYPES = ("float32", "float16", "bfloat16")
-RENAMED = {"num_inference_steps": "steps", "guidance": "guidance_scale", "pipe": "model"}  # Python's names here
-WORDS = ("prompt", "prompts", "text")  # those of `PROMPT`
+# options whose names differ from those of the Python arguments
+RENAMED = {"num_inference_steps": "steps", "guidance": "guidance_scale", "pipe": "model"}
+WORDS = ("prompt", "prompts", "text")  # Python arguments that the command takes as `PROMPT`
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code; Ctrl-C is raised where nothing is done yet."""
+    """Run the command, and return its exit code. If nothing is done yet, Ctrl-C raises `KeyboardInterrupt`."""
     options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -59,13 +60,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _say(str(error), options)
         return 1
     if code == INTERRUPTED:
-        _say("interrupted: this is of what was done", options)
+        _say("interrupted: the report covers what was done until then", options)
     return code
 
 
 def _run(options: argparse.Namespace) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that nothing here needs
-    from tgate_processors.cli import commands  # a help text must not wait for diffusers' pipelines
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about packages that nothing here needs
+    from tgate_processors.cli import commands  # here, because a help text must not wait for diffusers' pipelines
 
     if not sys.stderr.isatty():
         commands.disable_loading_bars()
@@ -74,13 +75,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _say(message: str, options: argparse.Namespace) -> None:
-    """One line for people."""
+    """Print a message on standard error, as one line."""
     line = re.sub(r"\s*\n\s*", " ", _in_options(message, options))
     print(f"tgate-processors {options.command}: {line}", file=sys.stderr)
 
 
 def _in_options(message: str, options: argparse.Namespace) -> str:
-    """The message of a Python call, in which the command's options stand for arguments."""
+    """Return the message of a Python call with the command's options in the place of its arguments."""
 
     def option(argument: re.Match[str]) -> str:
         name = RENAMED.get(argument[1], argument[1])
@@ -121,29 +122,29 @@ def _add_demo(commands: Commands) -> None:
     demo = _command(
         commands,
         "demo",
-        "draw the same pictures with the stock and the gated pipeline",
-        "Draws the same pictures with the stock and the gated pipeline, on a text-to-image model that comes with "
-        "the package: writes them side by side and prints what was saved.",
+        "draw the same prompts with the stock and with the gated pipeline",
+        "Draws the same prompts with the stock and with the gated pipeline, on a text-to-image model that comes with "
+        "the package. Writes the pictures side by side, and prints what the gate saves.",
     )
     demo.add_argument(
         "prompt",
         nargs="*",
         metavar="PROMPT",
         help="what to draw, such as 'a large red circle left of a small blue square on a yellow background' (default: "
-        "some of the model's own prompts)",
+        "prompts that the model never saw in training)",
     )
-    demo.add_argument("--count", type=int, default=5, help="number of the model's own prompts, where none is given")
-    demo.add_argument("--model", default="sd", metavar="NAME", help=f"the embedded model: {EMBEDDED}")
+    demo.add_argument("--count", type=int, default=5, help="number of prompts to draw if no PROMPT is given")
+    demo.add_argument("--model", default="sd", metavar="NAME", help=f"embedded model to draw with: {EMBEDDED}")
     _add_seed_and_steps(demo)
     demo.add_argument("--guidance-scale", type=float, metavar="SCALE", help=GUIDANCE_SCALE)
     _add_gate(demo)
-    demo.add_argument("--rounds", type=int, default=3, help="how often each pipeline is timed")
+    demo.add_argument("--rounds", type=int, default=3, help="number of timed runs of each pipeline")
     demo.add_argument(
         "--out",
         type=Path,
         default=Path("tgate-demo.png"),
         metavar="FILE",
-        help="the picture to write, all side by side",
+        help="file for the pictures, side by side in one",
     )
 
 
@@ -152,19 +153,20 @@ def _add_generate(commands: Commands) -> None:
         commands,
         "generate",
         "draw many prompts into a folder",
-        "Draws every prompt with the gated pipeline. Run again, it goes on where it was; under `accelerate launch "
-        "--num_processes N -m tgate_processors generate ...` the processes share the prompts.",
+        "Draws every prompt with the gated pipeline. If you run it again, it draws only the pictures that are "
+        "missing. Under `accelerate launch --num_processes N -m tgate_processors generate ...` the processes share "
+        "the prompts.",
     )
     _add_pipeline(generate)
     _add_seed_and_steps(generate)
     _add_gate(generate)
     generate.add_argument(
-        "--out", type=Path, default=Path("tgate-pictures"), metavar="FOLDER", help="the folder for the pictures"
+        "--out", type=Path, default=Path("tgate-pictures"), metavar="FOLDER", help="folder for the pictures"
     )
     generate.add_argument(
         "--with-stock",
         action="store_true",
-        help="draw each with the stock pipeline too, and put that picture left of it",
+        help="draw each prompt with the stock pipeline too, and put that picture on the left",
     )
 
 
@@ -173,7 +175,7 @@ def _add_cost(commands: Commands) -> None:
         commands,
         "cost",
         "count what a gated run saves: multiply-accumulates, parameters, cache",
-        "Counts a run by running the denoiser's architecture on the meta device: no weights, no download.",
+        "Counts a run with the denoiser's architecture on the meta device, without weights and without a download.",
     )
     _add_architecture(cost)
     _add_size(cost)
@@ -188,16 +190,16 @@ def _add_bench(commands: Commands) -> None:
     bench = _command(
         commands,
         "bench",
-        "time the gated pipeline, the stock one, the least possible, and peers",
-        "Times an architecture with random weights, on which speed does not depend. The contestants take turns; one "
-        "that fails is reported with its error.",
+        "time the gated pipeline, the stock one, the least possible time, and other accelerators",
+        "Times an architecture with random weights, because speed does not depend on their values. The contestants "
+        "take turns. If one fails, the report gives its error.",
     )
     _add_architecture(bench)
     _add_size(bench)
     _add_gate(bench)
-    bench.add_argument("--reduce", type=int, default=1, help="divide the width of the layers by this")
+    bench.add_argument("--reduce", type=int, default=1, help="divisor of the layers' width")
     bench.add_argument("--batch", type=int, default=1, help="number of pictures in a batch")
-    bench.add_argument("--rounds", type=int, default=5, help="how often each contestant is timed")
+    bench.add_argument("--rounds", type=int, default=5, help="number of timed runs of each contestant")
     bench.add_argument("--compile", action="store_true", help="compile each denoiser")
     _add_device_and_dtype(bench)
     _add_only(bench, "contestants")
@@ -210,11 +212,12 @@ def _add_table(commands: Commands) -> None:
         "table",
         "measure the original's benchmark table",
         "Counts each row of the original's benchmark table at full size, times it at reduced size with random "
-        "weights, draws held-out prompts on the embedded model of its kind, and prints it with the published figures.",
+        "weights, and draws held-out prompts with the embedded model of its kind. Prints the results with the "
+        "published figures.",
     )
     table.add_argument("--count", type=int, default=48, help="number of prompts to draw")
     _add_seed(table)
-    table.add_argument("--rounds", type=int, default=3, help="how often each row is timed")
+    table.add_argument("--rounds", type=int, default=3, help="number of timed runs of each row")
     _add_device_and_dtype(table)
     _add_reports(table)
 
@@ -223,9 +226,9 @@ def _add_calibrate(commands: Commands) -> None:
     calibrate = _command(
         commands,
         "calibrate",
-        "measure how a model's cross-attention converges, and choose its gate step",
-        "Draws the prompts with the stock pipeline, measures how much its cross-attention changes from step to step, "
-        "and prints the gate step that this suggests with what it saves.",
+        "measure how a model's cross-attention converges, and suggest a gate step",
+        "Draws the prompts with the stock pipeline, and measures how much its cross-attention changes from step to "
+        "step. Prints the gate step that this suggests, and what it saves.",
     )
     _add_pipeline(calibrate)
     _add_seed_and_steps(calibrate)
@@ -234,11 +237,9 @@ def _add_calibrate(commands: Commands) -> None:
         "--tolerance",
         type=float,
         default=TGateConfig.tolerance,
-        help="change from one step to the next below which cross-attention has converged",
+        help="change from step to step below which cross-attention counts as converged",
     )
-    calibrate.add_argument(
-        "--out", type=Path, metavar="FILE", help="write what was measured into FILE, as safetensors"
-    )
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="write the measurements to FILE, as safetensors")
     _add_reports(calibrate)
 
 
@@ -246,9 +247,10 @@ def _add_quality(commands: Commands) -> None:
     quality = _command(
         commands,
         "quality",
-        "measure what the gate and other ways to save arithmetic cost in pictures",
-        "Draws the same prompts many ways. The demo's pictures are read exactly: whether they show what their prompts "
-        "say. With a model of your own: how like the stock pictures they are, and CLIP scores.",
+        "measure what the gate and other methods cost in the pictures",
+        "Draws the same prompts with the gate and with other methods that save arithmetic. On an embedded model it "
+        "prints how many pictures show all that their prompts say. On your model it prints their likeness to the "
+        "stock pictures, and CLIP scores.",
     )
     _add_pipeline(quality)
     _add_seed_and_steps(quality)
@@ -258,9 +260,9 @@ def _add_quality(commands: Commands) -> None:
     quality.add_argument(
         "--clip",
         metavar="MODEL",
-        help="a CLIP model's folder or its name on the hub, which scores your model's pictures",
+        help="folder of a CLIP model, or its name on the hub, that scores the pictures of your model",
     )
-    _add_only(quality, "ways")
+    _add_only(quality, "methods")
     _add_reports(quality)
 
 
@@ -268,21 +270,22 @@ def _add_tune(commands: Commands) -> None:
     tune = _command(
         commands,
         "tune",
-        "find the cheapest settings that keep a budget, for your model",
-        "Draws a few prompts with the stock pipeline and with each of some settings, prints what each costs, the "
-        "cheapest that keeps the budget as a line of Python, and writes its pictures beside the stock ones.",
+        "find the cheapest settings within a budget, for your model",
+        "Draws a few prompts with the stock pipeline and with several settings of the gate, and prints what each "
+        "setting costs. Prints the cheapest setting within the budget as a line of Python, and writes its pictures "
+        "below the stock ones.",
     )
     _add_pipeline(tune)
     _add_seed_and_steps(tune)
     _add_sampler(tune)
     tune.add_argument(
-        "--psnr", type=float, metavar="DB", help="budget: the least likeness to the stock pictures, in dB"
+        "--psnr", type=float, metavar="DB", help="budget: least mean likeness to the stock pictures, in dB"
     )
     tune.add_argument(
         "--arithmetic",
         type=float,
         metavar="SHARE",
-        help="budget: the greatest share of the stock arithmetic, such as 0.66",
+        help="budget: largest share of the stock pipeline's arithmetic, such as 0.66",
     )
     _add_count(tune, 8)
     tune.add_argument(
@@ -290,7 +293,7 @@ def _add_tune(commands: Commands) -> None:
         type=Path,
         default=Path("tgate-tune.png"),
         metavar="FILE",
-        help="the picture to write, all side by side",
+        help="file for the pictures, side by side in one",
     )
     _add_reports(tune, plots=False)
 
@@ -299,17 +302,17 @@ def _add_explore(commands: Commands) -> None:
     explore = _command(
         commands,
         "explore",
-        "see it for oneself: a page with the gate's settings as sliders",
-        "Serves a page to this machine alone: a prompt drawn by the stock and by the gated pipeline, what the gate "
-        "saves and changes there, and how the prompt's cross-attention converges. Ctrl-C ends it.",
+        "serve a page with the gate's settings as sliders",
+        "Serves a page to this machine alone. The page draws a prompt with the stock and with the gated pipeline. It "
+        "shows what the gate saves and changes, and how the prompt's cross-attention converges. Ctrl-C ends it.",
     )
     _add_model(explore)
     _add_steps(explore)
-    explore.add_argument("--port", type=int, default=7860, help="where the page is served on this machine")
+    explore.add_argument("--port", type=int, default=7860, help="port of this machine that serves the page")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says only those defaults that say something."""
+    """Help formatter that leaves out defaults without information, such as None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is None or action.default is False or action.default == []
@@ -320,20 +323,20 @@ def _command(commands: Commands, name: str, short: str, description: str) -> arg
     return commands.add_parser(name, help=short, description=description, formatter_class=_Formatter)
 
 
-# Options that several commands have
+# Options that several commands share
 
 
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
-    """A pipeline with its weights, and what it draws."""
+    """Add a pipeline with its weights, and the prompts that it draws."""
     command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw")
-    command.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="text file with a prompt on each line")
     _add_model(command)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    """A pipeline with its weights."""
+    """Add a pipeline with its weights."""
     command.add_argument(
-        "--model", default="sd", help=f"a pipeline's folder or its name on the hub, or an embedded model: {EMBEDDED}"
+        "--model", default="sd", help=f"folder of a pipeline, its name on the hub, or an embedded model: {EMBEDDED}"
     )
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model, such as its own pipeline"
@@ -343,12 +346,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_architecture(command: argparse.ArgumentParser) -> None:
-    """A denoiser of which the config is enough."""
+    """Add a denoiser that is built from its config, without weights."""
     command.add_argument(
         "--model",
         default="sd",
         help="sd-1.5, sd-2.1, sdxl, lcm-sdxl, pixart-alpha, lcm-pixart or pixart-sigma; the folder of a saved "
-        f"pipeline, of which only the configs are read; or an embedded model: {EMBEDDED}",
+        f"pipeline, which needs only its configs; or an embedded model: {EMBEDDED}",
     )
 
 
@@ -358,11 +361,11 @@ def _add_seed_and_steps(command: argparse.ArgumentParser) -> None:
 
 
 def _add_seed(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, default=0, help="seed of the noise; picture i has SEED + i")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise; picture i starts from SEED + i")
 
 
 def _add_count(command: argparse.ArgumentParser, default: int) -> None:
-    help_text = "number of the embedded model's own prompts, where none is given"
+    help_text = "number of the embedded model's held-out prompts to draw if no prompt is given"
     command.add_argument("--count", type=int, default=default, help=help_text)
 
 
@@ -379,25 +382,25 @@ def _add_steps(command: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(command: argparse.ArgumentParser) -> None:
-    """The fields of `TGateConfig`."""
+    """Add the fields of `TGateConfig`."""
     command.add_argument(
         "--gate-step",
         type=_gate_step,
         metavar="STEP",
         help="number of steps before the gate closes, such as 10; their share of the run, such as 0.4; or auto "
-        "(default: the papers' for the model, 0.4 for other models)",
+        "(default: the papers' value for the model, or 0.4 for models of your own)",
     )
     for name, default, text in (
-        ("--look-interval", None, "compute every so many steps after the gate as before it"),
-        ("--sp-interval", 1, "compute self-attention every so many steps before the gate"),
-        ("--fi-interval", 1, "compute self-attention every so many steps after the gate"),
-        ("--warm-up", 0, "number of first steps that compute self-attention in any case"),
+        ("--look-interval", None, "after the gate, compute one step in full (a look) every STEPS steps"),
+        ("--sp-interval", 1, "before the gate, compute self-attention every STEPS steps"),
+        ("--fi-interval", 1, "after the gate, compute self-attention every STEPS steps"),
+        ("--warm-up", 0, "compute self-attention in each step up to this one, counted from 0"),
     ):
         command.add_argument(name, type=int, default=default, metavar="STEPS", help=text)
 
 
 def _gate_step(text: str) -> int | float | str:
-    """A count, a fraction or `auto`; what is wrong with another is said by `TGateConfig`."""
+    """Return a count, a fraction or else the text itself, which `TGateConfig` checks."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -418,7 +421,7 @@ def _add_sampler(command: argparse.ArgumentParser, several: str = "", **settings
 
 def _add_only(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help=f"{what} to keep, by parts of their names"
+        "--only", nargs="+", default=[], metavar="NAME", help=f"names of the {what} to run, or parts of them"
     )
 
 

@@ -1,4 +1,4 @@
-"""The files that a command writes: tried before the work, which would be lost with them, and named in errors."""
+"""Check before the work that its results can be written, and name the file in errors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,31 +14,31 @@ from tgate_processors.errors import ConfigError, MissingPackageError
 from tgate_processors.measure.plotting import new_figure
 
 
-Trial = Callable[[BinaryIO, str], Any]  # writes something small, in the format of a suffix
+Trial = Callable[[BinaryIO, str], Any]  # writes a small file in the format of a suffix
 
 
 def write_picture(file: BinaryIO, suffix: str) -> None:
-    Image.init()  # its formats register themselves
+    Image.init()  # registers Pillow's formats
     Image.new("RGB", (8, 8)).save(file, Image.registered_extensions()[suffix])
 
 
 def write_plot(file: BinaryIO, suffix: str) -> None:
     figure = new_figure(1, 1)
-    figure.text(0, 0, "some formats need a program to write words")
+    figure.text(0, 0, "some formats need another program to write text")
     figure.savefig(file, format=suffix.removeprefix("."))
 
 
 def require_file(option: str, path: Path, trial: Trial | None = None) -> None:
-    """Try the file that is written after the work; one that is there stays as it is.
+    """Check that a file can be written after the work. A file that exists keeps its content.
 
     Args:
-        option: That names it.
-        path: Where the file is to be.
-        trial: Writes the format that its suffix names; None: a format that takes any suffix.
+        option: Option that names the file.
+        path: Path of the file.
+        trial: Function that writes a small file in the format of the suffix. None if the format takes any suffix.
 
     Raises:
-        ConfigError: The file cannot be written, or not in that format.
-        MissingPackageError: What writes the format is not installed.
+        ConfigError: The file cannot be written, or no format has its suffix.
+        MissingPackageError: The package that writes the format is not installed.
     """
     if trial is not None:
         _require_format(option, path, trial)
@@ -57,7 +57,7 @@ def _require_format(option: str, path: Path, trial: Trial) -> None:
         trial(BytesIO(), path.suffix.lower())
     except MissingPackageError:
         raise
-    except Exception as error:  # each format fails in its own way
+    except Exception as error:  # each format raises errors of its own
         raise ConfigError(
             f"`{option}` must end in the suffix of a format that can be written here, got {str(path)!r}. "
             "Pass a name that ends in .png."
@@ -65,10 +65,10 @@ def _require_format(option: str, path: Path, trial: Trial) -> None:
 
 
 def require_folder(option: str, path: Path) -> None:
-    """Try the folder that is written into, or where it will be made; nothing is left there.
+    """Check that a folder can be written to, or created if it does not exist. The check leaves no file behind.
 
     Raises:
-        ConfigError: Nothing can be written there.
+        ConfigError: The folder cannot be written to, or not created.
     """
     path = path.absolute()
     try:
@@ -80,7 +80,7 @@ def require_folder(option: str, path: Path) -> None:
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """An error says which file could not be written: the system's own of a full disk does not."""
+    """Name the file in the error if writing fails, because the system's error for a full disk does not name it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""This process among those that `accelerate launch` started: its share of the work, and its device."""
+"""The share of the work and the device of this process, alone or under `accelerate launch`."""
 
 import os
 from collections.abc import Sequence
@@ -15,31 +15,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """Every `count`-th piece of work from `index` on."""
+    """A share of the work: every `count`-th item, from `index` on."""
 
     index: int = 0
     count: int = 1
 
     def of(self, work: Sequence[T]) -> Sequence[T]:
-        """This share's pieces."""
+        """Return the items of this share."""
         return work[self.index :: self.count]
 
 
 def share_of_this_process() -> Share:
-    """Its share, as `accelerate launch` says, or everything.
+    """Return the share that accelerate gives this process. Without accelerate, it is all of the work.
 
     Raises:
-        MissingPackageError: There are several processes, and no `accelerate`.
+        MissingPackageError: Several processes run, and `accelerate` is not installed.
     """
     state = _state()
     return Share() if state is None else Share(state.process_index, state.num_processes)
 
 
 def device_of_this_process() -> torch.device:
-    """Its device, as `accelerate launch` says, or the first accelerator.
+    """Return the device that accelerate gives this process. Without accelerate, it is the first accelerator or CPU.
 
     Raises:
-        MissingPackageError: There are several processes, and no `accelerate`.
+        MissingPackageError: Several processes run, and `accelerate` is not installed.
     """
     state = _state()
     if state is None:
@@ -49,30 +49,30 @@ def device_of_this_process() -> torch.device:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of that name, tried.
+    """Return the device of a name, after a trial allocation on it.
 
     Raises:
-        ConfigError: There is none here, or it holds no values.
+        ConfigError: This machine has no such device, or the device holds no values.
     """
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device is missing in its own way
+    except Exception as error:  # each kind of device raises errors of its own
         raise ConfigError(
             f"`--device` must be a device of this machine, such as cpu, got {name!r}. "
-            "Leave it out for the first accelerator."
+            "Leave it out to use the first accelerator."
         ) from error
     return device
 
 
 def _state() -> Any:
-    """accelerate's; None where it is not installed."""
+    """Return accelerate's state of this process, or None if accelerate is not installed."""
     try:
         from accelerate import PartialState
     except ImportError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise MissingPackageError(
-                "`accelerate` must be installed to share prompts out to several processes. "
+                "`accelerate` must be installed to share the prompts among several processes. "
                 "Run `pip install 'tgate-processors[accelerate]'`."
             ) from error
         return None

@@ -1,4 +1,4 @@
-"""Tiny models in stock classes, the world that they were trained on, and a checker of their pictures."""
+"""Tiny models in stock classes, the world that they draw, and a checker that reads their pictures."""
 
 from tgate_processors.demo.checker import ATTRIBUTES, Reading, read
 from tgate_processors.demo.embedded import EMBEDDED, load_demo_pipeline

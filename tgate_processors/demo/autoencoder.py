@@ -1,4 +1,4 @@
-"""Trains the autoencoder: pictures of the world to latents a quarter as wide, and back."""
+"""Train the autoencoder, which maps pictures of the world to latents a quarter as wide, and back."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,7 +13,7 @@ from tgate_processors.demo.world import sample_scenes
 
 BATCH = 16
 LEARNING_RATE = 2e-3
-KL_WEIGHT = 1e-6  # only enough to keep the latents from drifting apart
+KL_WEIGHT = 1e-6  # just enough to keep the latents from drifting apart
 
 
 def vae_settings(steps: int, seed: int) -> Settings:
@@ -21,7 +21,7 @@ def vae_settings(steps: int, seed: int) -> Settings:
 
 
 def vae_loss(vae: AutoencoderKL, batch: int, generator: torch.Generator) -> Tensor:
-    """Absolute and squared error of reconstructions of freshly drawn pictures."""
+    """Return the loss for a batch of new pictures: absolute error, squared error and KL divergence."""
     pictures = share(render(sample_scenes(batch, generator), generator)).to(vae.device)
     posterior = vae.encode(pictures).latent_dist
     noise = torch.randn(batch, *posterior.mean.shape[1:], generator=generator)
@@ -33,14 +33,14 @@ def vae_loss(vae: AutoencoderKL, batch: int, generator: torch.Generator) -> Tens
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents before scaling -> (pictures, latent channels, height / 4, width / 4)."""
+    """Return the latents before scaling -> (pictures, latent channels, height / 4, width / 4)."""
     parts = torch.split(pictures.to(vae.device), 64)
     return torch.cat([vae.encode(part).latent_dist.mode() for part in parts]).cpu()
 
 
 @torch.no_grad()
 def reconstruction_score(vae: AutoencoderKL, count: int = 512, seed: int = 1) -> float:
-    """The share of reconstructed drawings in which the checker reads everything right."""
+    """Return the share of reconstructed pictures in which the checker reads every attribute correctly."""
     generator = step_generator(seed, "reconstruction", 0)
     scenes = sample_scenes(count, generator)
     latents = encode(vae, render(scenes, generator)).to(vae.device)
@@ -49,14 +49,14 @@ def reconstruction_score(vae: AutoencoderKL, count: int = 512, seed: int = 1) ->
 
 
 def fix_scaling(vae: AutoencoderKL, seed: int) -> None:
-    """Sets the factor by which the pipeline scales latents to a deviation of 1."""
+    """Set the factor by which the pipeline scales latents to a standard deviation of 1."""
     generator = step_generator(seed, "scaling", 0)
     latents = encode(vae, render(sample_scenes(512, generator), generator))
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
 
 
 def train_vae(trainer: Trainer, seed: int) -> AutoencoderKL:
-    """Trains to the end and returns the averaged autoencoder, its scaling factor set."""
+    """Train to the end, set the scaling factor, and return the averaged autoencoder."""
     trainer.run()
     vae = trainer.averaged.eval()
     assert isinstance(vae, AutoencoderKL)

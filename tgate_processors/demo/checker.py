@@ -1,8 +1,8 @@
-"""Reads a picture of the demo's world: which of the things that its caption says are really in it.
+"""Read from a picture of the embedded models' world which attributes of its caption it shows.
 
-No network and no learning: pixels are given their nearest palette colour, what is not background falls into
-connected components, and each component is measured. A thing must be well drawn to count: a smear with the
-right colour is no circle.
+The checker uses no network and has learnt nothing. It gives each pixel the nearest colour of the palette, divides
+everything but the background into connected components, and measures each component. A thing must be well drawn to
+count: a smear in the correct colour is no circle.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,22 @@ from tgate_processors.demo.world import COLOURS, DARK, PALETTE, SHAPES, SIZES, S
 
 THING_ATTRIBUTES = ("shape", "colour", "size", "pattern")
 ATTRIBUTES = ("count", "background", "relation", *THING_ATTRIBUTES)
-SAME_SHADE = 0.54  # distance in -1..1 colours within which a pixel has a palette colour
-SPECK = 50  # pixels; smaller components are no things
-SIZE_BORDER = 10.4  # pixels; half extents above it are large
-LEAST_OVERLAP = 0.75  # intersection over union with the nearest shape; below it a thing has no shape
-PLAIN_BELOW, STRIPED_ABOVE = 0.07, 0.16  # see `_stripe_contrast`; between the two a thing has no pattern
+SAME_SHADE = 0.54  # largest distance of a pixel to a colour of the palette, both in -1..1
+SPECK = 50  # pixels; a smaller component is no thing
+SIZE_BORDER = 10.4  # pixels; a thing is large if its mean radius, half the mean of width and height, is above this
+LEAST_OVERLAP = 0.75  # intersection over union with the best shape; below it a thing has no shape
+PLAIN_BELOW, STRIPED_ABOVE = 0.07, 0.16  # see `_stripe_contrast`; a thing between the two has no pattern
 NOTHING = -1  # index of a value that could not be read
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was right; every field is boolean.
+    """Which attributes of the pictures are correct.
 
-    right: (pictures, attributes), in `ATTRIBUTES` order; an attribute of two things is right for both.
-    named: the same shape; False where the caption doesn't name the attribute (a relation of one thing).
+    Attributes:
+        right: Whether an attribute is correct, boolean (pictures, attributes) in the order of `ATTRIBUTES`. For two
+            things it must be correct in both.
+        named: Whether the caption names an attribute, of the same shape. One thing has no relation.
     """
 
     right: Tensor
@@ -39,13 +41,13 @@ class Reading:
 
     @property
     def whole(self) -> Tensor:
-        """Whether everything the caption names is right -> (pictures,)."""
+        """Whether all attributes that the caption names are correct -> (pictures,)."""
         return (self.right | ~self.named).all(1)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The two largest components of each picture, measured; indices are into the world's tuples."""
+    """Measurements of the two largest components of each picture. Values are indices into the world's tuples."""
 
     count: Tensor  # (pictures,)
     background: Tensor  # (pictures,)
@@ -54,7 +56,11 @@ class _Parts:
 
 
 def read(pictures: Tensor, scenes: Sequence[Scene]) -> Reading:
-    """Checks pictures (count, 3, height, width) in -1..1 against the scenes they should show."""
+    """Check pictures, (count, 3, height, width) in -1..1, against the scenes that they should show.
+
+    Raises:
+        ValueError: `pictures` has another shape, or not as many pictures as scenes.
+    """
     if pictures.ndim != 4 or pictures.shape[1] != 3 or len(pictures) != len(scenes):
         raise ValueError(
             f"`pictures` must be ({len(scenes)}, 3, height, width), one for each scene, "
@@ -66,7 +72,7 @@ def read(pictures: Tensor, scenes: Sequence[Scene]) -> Reading:
     ways = torch.stack([parts.values == expected, parts.values.flip(1) == expected], 1)
     ways = ways | ~torch.stack([torch.ones_like(pair), pair], 1)[:, None, :, None]
     related = torch.stack([_related(parts.centre, scenes), _related(parts.centre.flip(1), scenes)], 1)
-    # Which component is which thing: the better match of the two, the relation deciding between equals.
+    # Assign the components to the things in the order that matches better. The relation decides between equal scores.
     score = 2 * ways.sum((2, 3)) + (related & pair[:, None])
     best = score.argmax(1)
     rows = torch.arange(len(scenes))
@@ -90,7 +96,7 @@ def _indices(scene: Scene, slot: int) -> list[int]:
 
 
 def _related(centre: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    """Whether the first component lies where the relation says -> (pictures,)."""
+    """Return whether the first component is where the relation says -> (pictures,)."""
     offset = centre[:, 0] - centre[:, 1]
     directions = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1), None: (0, 0)}
     wanted = torch.tensor([directions[scene.relation] for scene in scenes], dtype=offset.dtype)
@@ -101,7 +107,7 @@ def _related(centre: Tensor, scenes: Sequence[Scene]) -> Tensor:
 def _measure(pictures: Tensor) -> _Parts:
     shades = torch.tensor([*PALETTE.values(), DARK]).mul(2).sub(1)  # (colours and dark, 3)
     gap = (pictures.unsqueeze(1) - shades.view(1, -1, 3, 1, 1)).square().sum(2)
-    # Blends at edges are nobody's colour, not that of a third which happens to lie between.
+    # A blend at an edge may be near to a third colour, so a pixel far from every colour has none.
     gap, nearest = gap.min(1)  # (pictures, height, width)
     nearest = nearest.masked_fill(gap > SAME_SHADE**2, len(COLOURS))
     background = _background(nearest)
@@ -128,16 +134,16 @@ def _measure(pictures: Tensor) -> _Parts:
 
 
 def _background(nearest: Tensor) -> Tensor:
-    """The commonest palette colour along the picture's edge -> (pictures,)."""
+    """Return the most frequent colour of the palette along the picture's edge -> (pictures,)."""
     edge = torch.cat([nearest[:, :2].flatten(1), nearest[:, -2:].flatten(1), nearest[:, :, :2].flatten(1)], 1)
     return functional.one_hot(edge, len(COLOURS) + 1)[..., :-1].sum(1).argmax(1)
 
 
 def _components(mask: Tensor) -> Tensor:
-    """Labels connected pixels alike: 0 where the mask is False, else one number for each component."""
+    """Return a label for each pixel: 0 where the mask is False, else one number for each connected component."""
     label = torch.arange(1.0, mask[0].numel() + 1).view(1, *mask.shape[1:]) * mask
     while True:
-        # The largest number wanders through its component, a pixel a round.
+        # Each round the largest number of a component spreads by one pixel.
         spread = functional.max_pool2d(label.unsqueeze(1), 3, stride=1, padding=1).squeeze(1) * mask
         if torch.equal(spread, label):
             return label.long()
@@ -145,7 +151,7 @@ def _components(mask: Tensor) -> Tensor:
 
 
 def _box(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Corners of each mask's bounding box -> two of (pictures, 2, 2) as x, y in pixels."""
+    """Return the two corners of each mask's bounding box -> (pictures, 2, 2) each, as x, y in pixels."""
     height, width = masks.shape[-2:]
     columns, rows = masks.any(2).float(), masks.any(3).float()
     low = torch.stack([columns.argmax(-1), rows.argmax(-1)], -1)
@@ -154,13 +160,13 @@ def _box(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _colour(masks: Tensor, nearest: Tensor) -> Tensor:
-    """The commonest colour in each mask, outline and stripes apart -> (pictures, 2)."""
+    """Return the most frequent colour in each mask, without outline and stripes -> (pictures, 2)."""
     is_colour = functional.one_hot(nearest, len(COLOURS) + 1)[..., :-1].float()  # (pictures, h, w, colours)
     return torch.einsum("pmhw,phwc->pmc", masks.float(), is_colour).argmax(-1)
 
 
 def _shape(masks: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The shape that overlaps each mask best when drawn into its box, or NOTHING -> (pictures, 2)."""
+    """Return the shape that overlaps each mask best if drawn into its box, or NOTHING -> (pictures, 2)."""
     height, width = masks.shape[-2:]
     half = ((high - low) / 2).clamp(min=1.0)
     middle = (low + high) / 2
@@ -181,10 +187,10 @@ def _shape(masks: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _stripe_contrast(pictures: Tensor, masks: Tensor, shades: Tensor, colour: Tensor) -> Tensor:
-    """How strongly brightness swings with the stripes' period down each mask -> (pictures, 2).
+    """Return how strongly brightness varies with the stripes' period down each mask -> (pictures, 2).
 
-    The size of the Fourier coefficient at that period, of brightness scaled so that dark is 0 and the
-    thing's colour 1, over the mask without its outline: some 0.3 for drawn stripes, 0 for a plain thing.
+    This is the size of the Fourier coefficient at that period. Brightness is scaled so that dark is 0 and the thing's
+    colour is 1, and the outline is left out. Drawn stripes have about 0.3, a plain thing 0.
     """
     ramp = shades[colour] - shades[-1]  # (pictures, 2, 3)
     lit = torch.einsum("pchw,pmc->pmhw", pictures - shades[-1].view(1, 3, 1, 1), ramp)
@@ -198,6 +204,6 @@ def _stripe_contrast(pictures: Tensor, masks: Tensor, shades: Tensor, colour: Te
 
 
 def _pattern(contrast: Tensor) -> Tensor:
-    """0 for plain, 1 for striped, NOTHING for neither."""
+    """Return 0 for plain, 1 for striped, NOTHING for neither."""
     unclear = (contrast >= PLAIN_BELOW) & (contrast <= STRIPED_ABOVE)
     return (contrast > STRIPED_ABOVE).long().masked_fill(unclear, NOTHING)

@@ -1,4 +1,4 @@
-"""The same pictures twice, with the stock and with the gated pipeline, in turn."""
+"""Draw the same prompts with the stock and with the gated pipeline, in turns."""
 
 import statistics
 import time
@@ -21,9 +21,12 @@ from tgate_processors.summary import Summary
 
 @dataclass
 class Side:
-    """What one of the two pipelines made.
+    """Results of one of the two pipelines.
 
-    pictures: (pictures, 3, height, width) in -1..1. seconds: of each round, all pictures together.
+    Attributes:
+        reading: What the checker reads from the pictures.
+        pictures: Pictures of the last round, (pictures, 3, height, width) in -1..1.
+        seconds: Time of each round, for all pictures together.
     """
 
     reading: Reading = field(init=False)
@@ -42,12 +45,12 @@ class Comparison(Shown):
 
     @property
     def speed_ups(self) -> list[float]:
-        """For each round, how many times faster the gated pipeline was."""
+        """Speed-up of the gated pipeline in each round."""
         return [stock / gated for stock, gated in zip(self.stock.seconds, self.gated.seconds, strict=True)]
 
     @property
     def psnr(self) -> Tensor:
-        """Likeness of each gated picture to the stock one, in dB -> (pictures,)."""
+        """Likeness (PSNR) of each gated picture to the stock picture, in dB -> (pictures,)."""
         error = (self.stock.pictures - self.gated.pictures).square().flatten(1).mean(1)
         return 10 * torch.log10(4 / error)  # the values span 2
 
@@ -72,9 +75,9 @@ class Comparison(Shown):
                 f"{statistics.median(self.gated.seconds) / count:.3f}",
                 f"{statistics.median(speed_ups):.2f}x faster ({speed_ups[0]:.2f} to {speed_ups[-1]:.2f})",
             ),
-            ("attributes right", *(f"{_right(side.reading):.0%}" for side in (self.stock, self.gated)), ""),
+            ("attributes correct", *(f"{_right(side.reading):.0%}" for side in (self.stock, self.gated)), ""),
             (
-                "pictures all right",
+                "pictures fully correct",
                 *(f"{side.reading.whole.sum()}/{count}" for side in (self.stock, self.gated)),
                 "",
             ),
@@ -90,15 +93,15 @@ def _right(reading: Reading) -> float:
 def compare(
     pipe: Any, scenes: Sequence[Scene], config: TGateConfig, *, seed: int, rounds: int, call: Mapping[str, Any]
 ) -> Comparison:
-    """Draw each scene with both pipelines, `rounds` times in turn, with a progress bar.
+    """Draw each scene with both pipelines, in turns, with a progress bar.
 
     Args:
-        pipe: A demo's pipeline, not gated.
-        scenes: What to draw.
-        config: The gate's settings.
-        seed: Picture i starts from the noise of `seed + i`, in both.
-        rounds: How often each is timed, after one round that is not.
-        call: Arguments of the pipeline's call, `num_inference_steps` among them.
+        pipe: Pipeline of an embedded model, without a gate.
+        scenes: Scenes to draw.
+        config: Settings of the gate.
+        seed: Seed of the noise. Picture i starts from the noise of `seed + i` in both pipelines.
+        rounds: Number of timed rounds, after one that is not timed.
+        call: Arguments of the pipeline's call, including `num_inference_steps`.
     """
     stock, gated = Side(), Side()
     prompts = [caption(scene) for scene in scenes]
@@ -112,7 +115,7 @@ def compare(
         side.pictures = images.float() * 2 - 1
 
     with tqdm(total=2 * call["num_inference_steps"] * (rounds + 1), unit="step", desc="drawing", disable=None) as bar:
-        # not by a callback, which PixArt's pipelines do not take
+        # a hook and no callback, which PixArt's pipelines do not take
         counting = denoisers_of(pipe)[0].register_forward_hook(lambda *_: bar.update() and None)
         try:
             for turn in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""How cross-attention converges in each of the embedded models: `python -m tgate_processors.demo.convergence`."""
+"""Measure how cross-attention converges in each embedded model: `python -m tgate_processors.demo.convergence`."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from tgate_processors.presets import preset
 from tgate_processors.schedule import TGateConfig
 
 
-FEW = 8  # steps of the models that draw in four, of which there are too few to see a curve in
+FEW = 8  # steps of the models that usually draw in four, which would be too few for a curve
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.convergence", description=__doc__)
-    parser.add_argument("--count", type=int, default=16, help="of the held-out prompts")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts; picture i has the seed `seed + i`")
-    parser.add_argument("--out", type=Path, default=Path("convergence.png"), help="where the picture goes")
+    parser.add_argument("--count", type=int, default=16, help="number of held-out prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts; picture i has the seed `seed + i`")
+    parser.add_argument("--out", type=Path, default=Path("convergence.png"), help="file for the plot")
     return parser
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plot(measured: Mapping[str, Convergence], path: Path) -> None:
-    """The curves of the models on one scale, with room for the legends above them.
+    """Plot the curves of the models on one scale, with room for the legends above them.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.

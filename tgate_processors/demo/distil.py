@@ -1,10 +1,11 @@
-"""Teaches one of the demo's models to draw in four steps: `python -m tgate_processors.demo.distil --out DIR`.
+"""Teach an embedded model to draw in four steps: `python -m tgate_processors.demo.distil --out DIR`.
 
-A latent-consistency model (Luo et al. 2023, https://arxiv.org/abs/2310.04378) in a LoRA, as LCM-LoRA
-(https://arxiv.org/abs/2311.05556): from every timestep of a run it sees the clean latents that the run ends in. The
-model without its adapter is the teacher. Its guided runs are drawn first and kept, so the student learns what they end
-in, and not what it sees itself a timestep further, as in these papers: that takes a longer training.
-Stops and starts as training does. It needs `peft`.
+The result is a latent-consistency model (Luo et al. 2023, https://arxiv.org/abs/2310.04378) in a LoRA, as in LCM-LoRA
+(https://arxiv.org/abs/2311.05556). From every timestep of a run it predicts the clean latents that the run ends with.
+The model without the LoRA is the teacher. Its guided runs are drawn first and kept, and the student learns their final
+latents. In these papers the student learns what it predicts itself one timestep later, which takes a longer training.
+
+You can stop it and start it again, as with `demo.train`. It needs `peft`.
 """
 
 import argparse
@@ -27,21 +28,21 @@ from tgate_processors.demo.trainer import Settings, Trainer, add_options, proces
 from tgate_processors.demo.world import RESOLUTION, caption, sample_scenes
 
 
-CHUNK = 64  # runs of the teacher in a file
+CHUNK = 64  # runs of the teacher per file
 LATENTS = (LATENT_CHANNELS, RESOLUTION // SCALE, RESOLUTION // SCALE)
-STRIDE = 1000 // TEACHER_STEPS  # timesteps that the teacher goes at once
-USED_SETTINGS = ("peft_type", "inference_mode", "r", "lora_alpha", "target_modules")  # of the adapter
-HUBER = 1e-3  # the distance below which an error counts as its square
+STRIDE = 1000 // TEACHER_STEPS  # timesteps between two steps of the teacher
+USED_SETTINGS = ("peft_type", "inference_mode", "r", "lora_alpha", "target_modules")  # kept in its config
+HUBER = 1e-3  # error below which the loss is nearly quadratic
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.distil", description=__doc__)
     add_options(parser, steps=500, batch=24, learning_rate=1e-3)
     parser.add_argument("--model", choices=RECIPES, default="sd")
-    parser.add_argument("--teacher", help="the folder of a pipeline to learn from, in the place of the embedded one")
-    parser.add_argument("--runs", type=int, default=2048, help=f"of the teacher, a multiple of {CHUNK}")
-    parser.add_argument("--guidance-scale", type=float, help="the one that is learnt, in the place of the model's own")
-    parser.add_argument("--rank", type=int, default=12, help="of the adapter")
+    parser.add_argument("--teacher", help="folder of a pipeline to learn from (default: the embedded model)")
+    parser.add_argument("--runs", type=int, default=2048, help=f"number of the teacher's runs, a multiple of {CHUNK}")
+    parser.add_argument("--guidance-scale", type=float, help="guidance scale to learn (default: the model's own)")
+    parser.add_argument("--rank", type=int, default=12, help="rank of the LoRA")
     return parser
 
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         seed=options.seed,
         warm_up=50,
-        averaging=0.99,  # a short training: what it knew a thousand steps ago is no help
+        averaging=0.99,  # the training is short, so an average must forget early weights soon
     )
     with processes(options.device, options.threads):
         teacher = load_demo_pipeline(options.teacher or options.model).to(options.device)
@@ -71,17 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def timesteps_of_a_run() -> Tensor:
-    """The teacher's, the noisiest first; `LCMScheduler` draws with some of them -> (steps,)."""
+    """Return the teacher's timesteps, the noisiest first -> (steps,). `LCMScheduler` draws with some of them."""
     return torch.arange(TEACHER_STEPS, 0, -1) * STRIDE - 1
 
 
 def make_runs(
     folder: Path, recipe: Recipe, teacher: DiffusionPipeline, guidance: float, seed: int, chunks: int
 ) -> dict[str, Tensor]:
-    """Runs of the teacher, kept in `folder`.
+    """Return runs of the teacher, which `folder` keeps for later trainings.
 
-    -> states (runs, steps, channels, height, width), the latents that each step begins with; clean (runs, channels,
-    height, width), those that the run ends in; tokens (runs, tokens).
+    Returns:
+        `states`, the latents at the start of each step (runs, steps, channels, height, width); `clean`, the latents at
+        the end of the run (runs, channels, height, width); and `tokens` (runs, tokens).
     """
     folder.mkdir(parents=True, exist_ok=True)
     networks = nn.ModuleDict({name: getattr(teacher, name) for name in ("text_encoder", recipe.denoiser)})
@@ -104,7 +106,7 @@ def make_runs(
 def draw_runs(
     recipe: Recipe, networks: nn.ModuleDict, noise: Tensor, tokens: Tensor, blank: Tensor, guidance: float
 ) -> dict[str, Tensor]:
-    """Deterministic runs of the teacher (DDIM) from noise, as `make_runs` has them, on the CPU."""
+    """Return deterministic (DDIM) runs of the teacher from noise, in the form of `make_runs`, on the CPU."""
     device = next(networks.parameters()).device
     scheduler, latents = build_scheduler(), noise.to(device)
     words = torch.cat([blank.expand_as(tokens), tokens]).to(device)
@@ -118,7 +120,7 @@ def draw_runs(
 
 
 def student(recipe: Recipe, teacher: DiffusionPipeline, rank: int, seed: int) -> PeftModel:
-    """The teacher's denoiser with an adapter on every layer."""
+    """Return the teacher's denoiser with a LoRA on every linear and convolutional layer."""
     torch.manual_seed(seed)
     denoiser = getattr(teacher, recipe.denoiser)
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -128,7 +130,7 @@ def student(recipe: Recipe, teacher: DiffusionPipeline, rank: int, seed: int) ->
 def student_trainer(
     recipe: Recipe, networks: nn.ModuleDict, runs: dict[str, Tensor], settings: Settings, out: Path
 ) -> Trainer:
-    """Trains the denoiser's adapter on runs of the teacher."""
+    """Return the trainer of the denoiser's LoRA, which learns from runs of the teacher."""
     networks["text_encoder"].requires_grad_(False)
     denoiser = networks[recipe.denoiser]
     device = next(denoiser.parameters()).device
@@ -152,22 +154,22 @@ def consistency_loss(
     words: Tensor,
     clean: Tensor,
 ) -> Tensor:
-    """How far the clean latents that are seen from a timestep are from those of the run's end: a Huber loss.
+    """Return the Huber loss between the clean latents that the student predicts and those that the run ends with.
 
-    `LCMScheduler` adds less than 1e-5 of the noised latents to what is seen, which is left out here.
+    `LCMScheduler` adds less than 1e-5 of the noised latents to the prediction. The loss leaves this out.
     """
     error = _clean(scheduler, noised, timesteps, recipe.velocity(networks, noised, timesteps, words)) - clean
     return ((error.square() + HUBER**2).sqrt() - HUBER).mean()
 
 
 def _clean(scheduler: DDIMScheduler, noised: Tensor, timesteps: Tensor, velocity: Tensor) -> Tensor:
-    """The clean latents, of what is predicted at some timesteps."""
+    """Return the clean latents that a predicted velocity implies."""
     signal, noise = _shares(scheduler, timesteps)
     return signal * noised - noise * velocity
 
 
 def _ddim_step(scheduler: DDIMScheduler, noised: Tensor, now: Tensor, then: Tensor, velocity: Tensor) -> Tensor:
-    """The latents at other timesteps; those before the first are clean."""
+    """Return the latents at the timesteps `then`. Before the first timestep they are clean."""
     (signal, noise), (signal_then, noise_then) = _shares(scheduler, now), _shares(scheduler, then)
     stepped: Tensor = signal_then * _clean(scheduler, noised, now, velocity) + noise_then * (
         noise * noised + signal * velocity
@@ -176,22 +178,22 @@ def _ddim_step(scheduler: DDIMScheduler, noised: Tensor, now: Tensor, then: Tens
 
 
 def _shares(scheduler: DDIMScheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the signal and of the noise is in the latents at some timesteps -> (batch, 1, 1, 1) each."""
+    """Return the factors of signal and of noise in the latents at these timesteps -> (batch, 1, 1, 1) each."""
     kept = scheduler.alphas_cumprod.to(timesteps.device)[timesteps.clamp(0)]
     kept = torch.where(timesteps < 0, 1.0, kept).view(-1, 1, 1, 1)
     return kept.sqrt(), (1 - kept).sqrt()
 
 
 def save_adapter(folder: Path, network: nn.Module) -> None:
-    """Writes the adapter alone, in half precision; the network stays as it is."""
+    """Write the LoRA alone, in half precision. The network itself stays as it is."""
     adapted = copy.deepcopy(network).half()
     assert isinstance(adapted, PeftModel)
     adapted.save_pretrained(str(folder))
-    (folder / "README.md").unlink()  # a form to fill in
+    (folder / "README.md").unlink()  # an empty template
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text())
     settings["target_modules"].sort()
-    # only the settings that are used: an older peft warns of names that it does not know
+    # only settings with a use, because an older peft warns about names that it does not know
     config.write_text(json.dumps({name: settings[name] for name in USED_SETTINGS}, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The trained models that come with the package, by name, and how the pipeline of each is called."""
+"""The trained models that come with the package, and the arguments of each pipeline's call."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,21 +14,21 @@ from tgate_processors.errors import ConfigError, MissingPackageError
 from tgate_processors.measure.architectures import Architecture, architecture
 
 
-# What `from_pretrained` calls the type of the weights; where it does not know the name, it says nothing.
+# name of the argument of `from_pretrained` for the weights' type; it ignores a name that it does not know
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 WEIGHTS = Path(__file__).parent / "weights"
-TEACHER_STEPS = 10  # of the runs that the latent-consistency models were taught by
+TEACHER_STEPS = 10  # steps of the runs that the latent-consistency models learnt from
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """One of the models.
+    """An embedded model.
 
     Args:
-        call: Arguments of its pipeline's call.
-        preset: The papers' gate for its kind, of `tgate_processors.presets`.
-        teacher: The model that its weights are an adapter of; None: they are its own.
-        vae: The model whose autoencoder it has; None: its own.
+        call: Arguments of the pipeline's call.
+        preset: Name of the preset with the papers' gate for this kind of model.
+        teacher: Name of the model that the weights are a LoRA for. None if they are a whole model.
+        vae: Name of the model whose autoencoder this one shares. None if it has its own.
     """
 
     call: Mapping[str, Any] = field(repr=False)
@@ -37,7 +37,7 @@ class Embedded:
     vae: str | None = None
 
 
-# PixArt's pipeline would draw in the nearest of its own sizes, and clean addresses out of a prompt by other packages
+# PixArt's pipeline would otherwise draw at the nearest of its own sizes, and clean captions with other packages
 _AS_IT_IS = {"use_resolution_binning": False, "clean_caption": False}
 _WITHOUT_GUIDANCE = {"num_inference_steps": 4, "guidance_scale": 1.0}
 EMBEDDED = {
@@ -49,14 +49,14 @@ EMBEDDED = {
 
 
 def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """A trained demo model as a pipeline of diffusers; it is kept in half precision, and needs no network.
+    """Load a trained model as a diffusers pipeline, without a download. Its files hold half precision.
 
         pipe = load_demo_pipeline("pixart")
         image = pipe("a small red circle on a white background", **EMBEDDED["pixart"].call).images[0]
 
     Args:
-        model: A key of `EMBEDDED`, or the folder of a model that you trained.
-        dtype: The type of its weights.
+        model: Key of `EMBEDDED`, or the folder of a model that you trained.
+        dtype: Type of the loaded weights.
 
     Raises:
         ConfigError: There is no such model.
@@ -68,10 +68,10 @@ def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.f
     folder = Path(model) if embedded is None else WEIGHTS / str(model)
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
-            f"`model` must be one of {', '.join(EMBEDDED)}, or a folder with a trained demo model in it, "
+            f"`model` must be one of {', '.join(EMBEDDED)}, or the folder of a model that you trained, "
             f"got {str(model)!r}. Train one with `python -m tgate_processors.demo.train --out FOLDER`."
         )
-    # the other way of loading asks for `accelerate`, and a model this small gains nothing by it
+    # `low_cpu_mem_usage=True` needs `accelerate`, and a model this small gains nothing from it
     settings = {DTYPE: dtype, "local_files_only": True, "low_cpu_mem_usage": False}
     parts = {}
     if embedded is not None and embedded.vae is not None:
@@ -80,7 +80,7 @@ def load_demo_pipeline(model: str | Path = "sd", *, dtype: torch.dtype = torch.f
 
 
 def _adapted(teacher: str, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """A latent-consistency model, made of its teacher."""
+    """Return a latent-consistency model: its teacher with the LoRA merged into it."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -95,7 +95,11 @@ def _adapted(teacher: str, folder: Path, dtype: torch.dtype) -> DiffusionPipelin
 
 
 def embedded_architecture(model: str) -> Architecture:
-    """The denoiser of an embedded model, a key of `EMBEDDED`, and the run that its pipeline makes."""
+    """Return the architecture of an embedded model's denoiser, with the steps and guidance of its pipeline's run.
+
+    Args:
+        model: Key of `EMBEDDED`.
+    """
     embedded = EMBEDDED[model]
     known = architecture(str(WEIGHTS / (embedded.teacher or model)))
     return replace(known, guidance=embedded.teacher is None, steps=embedded.call["num_inference_steps"])

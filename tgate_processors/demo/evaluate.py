@@ -1,7 +1,7 @@
-"""Measures how well a demo model follows prompts: `python -m tgate_processors.demo.evaluate --model sd`.
+"""Measure how well an embedded model follows prompts: `python -m tgate_processors.demo.evaluate --model sd`.
 
-Prompts hold combinations that training never saw. Each picture has a seed of its own, so that two ways of
-sampling are compared on the same noise, whatever the batch size.
+The prompts hold combinations that training never showed. Each picture has its own seed, so two methods draw from the
+same noise, whatever the batch size.
 """
 
 import argparse
@@ -29,7 +29,7 @@ BATCH = 32  # pictures
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers and its standard error, both 0..1, over `count` pictures."""
+    """Share of correct pictures and its standard error, both 0..1, over `count` pictures."""
 
     mean: float
     error: float
@@ -40,16 +40,22 @@ class Share:
 
 
 def held_out_scenes(count: int, seed: int) -> list[Scene]:
-    """`count` scenes with a combination that training never saw; a longer list starts with a shorter one's."""
+    """Return `count` scenes with a combination that training never showed. A longer list begins with a shorter one."""
     generator = torch.Generator().manual_seed(seed)
     return [sample_scenes(1, generator, held_out=True)[0] for _ in range(count)]
 
 
 def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any) -> Tensor:
-    """One picture for each prompt -> (prompts, 3, height, width) in -1..1 on the CPU.
+    """Draw one picture for each prompt -> (prompts, 3, height, width) in -1..1 on the CPU.
 
-    `call_kwargs` go to the pipeline's call; `batch_size` (default 64) says how many prompts go in at once.
-    A picture's first noise depends on its own seed only.
+    Args:
+        pipe: Pipeline that draws.
+        prompts: Prompt of each picture.
+        seeds: Seed of each picture, on which alone its first noise depends.
+        call_kwargs: Arguments of the pipeline's call. `batch_size` (default 64) is the number of prompts in a call.
+
+    Raises:
+        ValueError: The number of seeds is not the number of prompts.
     """
     if len(prompts) != len(seeds):
         raise ValueError(
@@ -66,7 +72,7 @@ def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[in
 
 
 def adherence(pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, Share]:
-    """How often each attribute is right where it is named, and under "all" how often everything is."""
+    """Return how often each attribute is correct if it is named and, as "all", how often all of them are."""
     reading = read(pictures, scenes)
     shares = {name: _attribute(reading, index) for index, name in enumerate(ATTRIBUTES)}
     return {**shares, "all": _share(reading.whole)}
@@ -82,18 +88,18 @@ def _share(right: Tensor) -> Share:
 
 
 def table(shares: dict[str, Share]) -> str:
-    """A line for each attribute."""
+    """Return a line of text for each attribute."""
     return "\n".join(f"{name:<12}{share}" for name, share in shares.items())
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", default="sd", help=f"{', '.join(EMBEDDED)}, or the folder of one that was trained")
+    parser.add_argument("--model", default="sd", help=f"{', '.join(EMBEDDED)}, or the folder of a trained model")
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--steps", type=int, help="the model's own where none is given")
-    parser.add_argument("--guidance", type=float, help="the model's own where none is given")
-    parser.add_argument("--gate-step", type=int, help="where the gate closes; the stock pipeline where none is given")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts; picture i has the seed `seed + i`")
+    parser.add_argument("--steps", type=int, help="number of denoising steps (default: the model's own)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
+    parser.add_argument("--gate-step", type=int, help="step at which the gate closes (default: no gate)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts; picture i has the seed `seed + i`")
     parser.add_argument("--device", default="cpu")
     return parser
 

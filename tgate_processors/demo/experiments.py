@@ -1,8 +1,9 @@
-"""What was tried to keep the meaning after the gate: `python -m tgate_processors.demo.experiments`.
+"""Try variants of the gate that may keep more accuracy: `python -m tgate_processors.demo.experiments`.
 
-A loop of its own on the demo's model, so that what is stored and what is guided can be anything. All variants evaluate
-both branches in nine of twenty-five steps, or in eight where they say so, and one branch in the others: about 1.5
-times less arithmetic than stock. They go on from the stock run's own latents. docs/quality.md says what came of it.
+They run in a denoising loop of this module, on the embedded Stable Diffusion, so that a variant can store any output
+and guide in any way. Each variant evaluates both branches in nine of twenty-five steps (or in eight, where its name
+says so) and one branch in the others. So each does about 1.5 times less arithmetic than stock. Each starts from the
+stock run's latents before its gate. docs/quality.md has the results.
 """
 
 import argparse
@@ -37,17 +38,17 @@ STEPS, SCALE, BATCH = 25, 5.0, 32
 
 
 class Keeper(Protocol):
-    """What becomes of guidance in one run."""
+    """Rule that estimates, in one run, the guidance of steps with one branch."""
 
     def note(self, guidance: Tensor, step: int) -> None:
-        """See the guidance in a step of both branches. A second evaluation of the same step replaces the first."""
+        """Record the guidance of a step with both branches. A second evaluation of a step replaces its first."""
 
     def at(self, step: int) -> Tensor:
-        """The guidance that a step of one branch uses."""
+        """Return the guidance that a step with one branch uses."""
 
 
 class LastLooks:
-    """A keeper remembers the last three looks, each with its step."""
+    """Base of keepers that remember the last three looks, each with its step."""
 
     def __init__(self) -> None:
         self.looks: list[tuple[int, Tensor]] = []
@@ -57,7 +58,7 @@ class LastLooks:
 
 
 class Fading(LastLooks):
-    """The last look's guidance times a constant for each step since."""
+    """Keeper that multiplies the last look's guidance by a constant for each step since."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class Fading(LastLooks):
 
 
 class ByFrequency(LastLooks):
-    """As FasterCache weighs them: low frequencies fade, high ones stay."""
+    """Keeper that lets low frequencies of guidance fade and keeps high ones, with the weights of FasterCache."""
 
     def at(self, step: int) -> Tensor:
         seen, guidance = self.looks[-1]
@@ -83,7 +84,7 @@ class ByFrequency(LastLooks):
 
 
 class Measured:
-    """As the library keeps it: guidance fades as fast as the last two looks have seen it fade."""
+    """Keeper that lets guidance fade as fast as it did between the last two looks, as the library does."""
 
     def __init__(self) -> None:
         self.kept = KeptGuidance()
@@ -96,17 +97,20 @@ class Measured:
 
 
 class Cosine(LastLooks):
-    """As measured, but what is left is the cosine of the last two looks, whatever their sizes."""
+    """As `Measured`, but the share that is left is the cosine between the last two looks, whatever their norms."""
 
     def at(self, step: int) -> Tensor:
         (before, g0), (seen, g1) = self.looks[-2:]
         left = _dot(g0, g1) / (_dot(g0, g0) * _dot(g1, g1)).sqrt()
-        left = left.nan_to_num(0.0).clamp(0, 1)  # of no guidance nothing is left
+        left = left.nan_to_num(0.0).clamp(0, 1)  # NaN if a look had no guidance
         return (g1 * left ** ((step - seen) / (seen - before))).to(g1.dtype)
 
 
 class Extrapolated(LastLooks):
-    """As measured, and the last change goes on as far as the change before it would have helped at the last look."""
+    """As `Measured`, plus a share of the last change of guidance.
+
+    The share is the one that would have helped most at the last look, with the change before it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,14 +124,14 @@ class Extrapolated(LastLooks):
         (earlier, gm), (before, g0), (seen, g1) = self.looks
         change = (g0 - gm).float() * (seen - before) / (before - earlier)
         change = change - (_dot(change, g0) / _dot(g0, g0)).nan_to_num(0.0) * g0
-        # Fading alone leaves `g1 - r * g0`; `g0` drops out, since the change is orthogonal to it.
+        # Fading alone leaves an error of `g1 - r * g0`. Its part in `g0` drops out, since the change is orthogonal.
         helped = (_dot(change, g1) / _dot(change, change)).nan_to_num(0.0).clamp(0, 0.5)
         ahead = helped * (step - seen) / (seen - before) * (g1 - g0)
         return (self.fading.at(step) + ahead).to(g1.dtype)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product of each picture with its like: `(rows, 1, 1, 1)`."""
+    """Return the inner product of each picture's two tensors, `(rows, 1, 1, 1)`."""
     return (one.float() * other.float()).sum((1, 2, 3), keepdim=True)
 
 
@@ -136,17 +140,18 @@ DROPPED, CONSTANT = partial(Fading, 0.0), partial(Fading, 1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """What happens after the gate.
+    """A variant of what happens after the gate.
 
     Args:
-        name: The name of its row.
-        gate_step: Steps of both branches at the start.
-        stored: Cross-attention that is kept: this much from the negative branch (0) to the positive (1), or past it.
-        kept: Makes what becomes of guidance in a run.
-        looks: Later steps of both branches.
-        glances: Later steps in which the one branch's cross-attention is computed and stored.
-        always: Layers whose cross-attention is always computed.
-        computes: Whether all of them are.
+        name: Name of the table's row.
+        gate_step: Number of steps with both branches at the start.
+        stored: Position of the stored cross-attention between the negative branch (0) and the positive one (1). It may
+            be above 1.
+        kept: Function that makes the keeper of a run.
+        looks: Later steps with both branches.
+        glances: Later steps in which the positive branch computes and stores cross-attention.
+        always: Indices of layers that compute cross-attention in every step.
+        computes: Whether all layers compute cross-attention in every step.
     """
 
     name: str
@@ -192,21 +197,21 @@ VARIANTS = [
 
 @dataclass
 class State:
-    """Where a run is as an evaluation begins: a copy of it goes on by itself."""
+    """State of a run at the start of an evaluation. A copy of it continues independently."""
 
     latents: Tensor
     scheduler: Any
     generators: list[torch.Generator]
 
     def evaluate(self, unet: Any, index: int, *branches: Tensor) -> Sequence[Tensor]:
-        """What the network puts out for each branch's embeddings."""
+        """Return the network's output for the embeddings of each branch."""
         timestep = self.scheduler.timesteps[index]
         sample = self.scheduler.scale_model_input(self.latents, timestep)
         output: Tensor = unet(torch.cat([sample] * len(branches)), timestep, torch.cat(branches)).sample
         return output.chunk(len(branches))
 
     def go_on(self, index: int, output: Tensor) -> None:
-        """The scheduler takes the guided output, and fresh noise where it wants some."""
+        """Take the scheduler's step with the guided output, and with fresh noise if the scheduler adds some."""
         step = self.scheduler.step
         noise = {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
         self.latents = step(output, self.scheduler.timesteps[index], self.latents, **noise).prev_sample
@@ -214,18 +219,25 @@ class State:
 
 @dataclass
 class Chunk:
-    """Pictures that are drawn together, and what the stock run of them has left behind."""
+    """Pictures that are drawn together, with the records of their stock run.
+
+    Attributes:
+        negative, positive: Embeddings of the two branches.
+        begin: State before the first step.
+        states: State before each step.
+        guidance: Guidance in the last evaluation of each step.
+    """
 
     negative: Tensor
     positive: Tensor
     begin: State
-    states: list[State] = field(default_factory=list)  # step by step, as it began
-    guidance: list[Tensor] = field(default_factory=list)  # step by step, as its last evaluation saw it
+    states: list[State] = field(default_factory=list)
+    guidance: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Loop:
-    """The denoising loop with one sampler. The stock run comes first: the others go on from its steps."""
+    """Denoising loop with one sampler. The stock run must come first, because the variants start from its states."""
 
     pipe: Any
     scenes: Sequence[Scene]
@@ -251,11 +263,11 @@ class Loop:
             self.chunks.append(Chunk(negative, positive, begin))
 
     def stock(self) -> Tensor:
-        """The pictures of the stock run, `(count, 3, height, width)` in 0..1."""
+        """Return the pictures of the stock run, `(count, 3, height, width)` in 0..1."""
         return torch.cat([self._stock(chunk) for chunk in self.chunks])
 
     def run(self, variant: Variant) -> Tensor:
-        """The pictures of a variant."""
+        """Return the pictures of a variant, in the same form."""
         return torch.cat([self._run(variant, chunk) for chunk in self.chunks])
 
     def _stock(self, chunk: Chunk) -> Tensor:
@@ -295,7 +307,7 @@ class Loop:
         return self._pictures(state)
 
     def _kept(self, variant: Variant) -> Outputs:
-        """What the layers put out for both branches, as the variant keeps it."""
+        """Return what the variant stores of the layers' outputs for both branches."""
         new = self.layers.end().new
         always = [name for index, name in enumerate(self.layers.cross_attention) if index in variant.always]
         kept: Outputs = {}
@@ -313,7 +325,7 @@ class Loop:
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.experiments", description=__doc__)
-    parser.add_argument("--count", type=int, default=256, help="prompts of each seed")
+    parser.add_argument("--count", type=int, default=256, help="number of prompts for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 100000])
     parser.add_argument("--sampler", nargs="+", choices=list(SAMPLERS), default=["ddim"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -323,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table(sampler: str, count: int, seeds: Sequence[int], dtype: torch.dtype) -> str:
-    """What came of each variant under a sampler."""
+    """Draw every variant under a sampler, and return the table of results."""
     cells: dict[str, list[str]] = {}
     wholes: dict[str, list[Tensor]] = {}
     for seed in seeds:

@@ -1,6 +1,6 @@
-"""The demo's Stable Diffusion: stock classes throughout, only small.
+"""The embedded Stable Diffusion, built from stock classes at a small size.
 
-Everything here is a function of its arguments, so that training builds exactly what the package ships.
+Each function depends on its arguments alone, so training builds exactly what the package ships.
 """
 
 import string
@@ -14,24 +14,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tgate_processors.demo.world import RESOLUTION, WORDS
 
 
-TOKENS = 20  # a caption's words (16 at most) and the two marks around them, with a little room
-WIDTH = 96  # channels of a token, and of the U-Net's cross-attention
-SCALE = 4  # pixels a latent, along one side
+TOKENS = 20  # at most 16 words of a caption, the start and the end token, and some room
+WIDTH = 96  # channels of a token, and of the UNet's cross-attention
+SCALE = 4  # pixels per latent, along one side
 LATENT_CHANNELS = 4
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with a vocabulary of this world's words, one token for each."""
+    """Return CLIP's byte-pair tokenizer for the words of this world, with one token for each."""
     vocabulary, merges = byte_pairs(WORDS)
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
 def byte_pairs(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary and ranked merges with which each of `words` becomes one token.
+    """Return a vocabulary and ranked merges that turn each of `words` into one token.
 
-    Merges are found by running the tokenizer's own algorithm: a word that ends in several tokens gets a
-    merge for its first two, ranked last, so that no word finished before is cut in another way.
+    The tokenizer's own algorithm finds the merges. As long as it cuts a word into several tokens, the first two get
+    a new merge. The new merge has the last rank, so words that are finished stay as they are.
     """
     letters = string.ascii_lowercase
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
@@ -46,7 +46,7 @@ def byte_pairs(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, st
 
 
 def _merged(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: joins the best ranked neighbours until none are left that may be joined."""
+    """Join the neighbours with the best rank until no merge is left, as byte-pair encoding does."""
     while known := [pair for pair in pairwise(parts) if pair in ranks]:
         left, right = min(known, key=ranks.__getitem__)
         place = list(pairwise(parts)).index((left, right))
@@ -66,14 +66,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            # CLIP's own deviations are made for a width of 512 and start this one too near to zero.
+            # CLIP's own standard deviations suit a width of 512; here the weights would begin too near to zero
             initializer_factor=2.0,
         )
     )
 
 
 def build_unet(block_out_channels: tuple[int, ...] = (64, 64, 128)) -> UNet2DConditionModel:
-    """Cross-attention in the two finer of three resolutions, and in the middle as in Stable Diffusion."""
+    """Return a UNet with cross-attention at the two finer of its three resolutions and, as usual, in the middle."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // SCALE,
         in_channels=LATENT_CHANNELS,
@@ -83,13 +83,20 @@ def build_unet(block_out_channels: tuple[int, ...] = (64, 64, 128)) -> UNet2DCon
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=2,  # despite its name: the number of heads
+        attention_head_dim=2,  # the number of heads, despite its name
         norm_num_groups=16,
     )
 
 
 def velocity(networks: nn.ModuleDict, noised: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
-    """What the two networks predict of noised latents (batch, channels, height, width) and token ids."""
+    """Return the velocity that both networks predict from noised latents and token ids.
+
+    Args:
+        networks: The text encoder and the denoiser.
+        noised: Noised latents, (batch, channels, height, width).
+        timesteps: Timestep of each latent, (batch,).
+        words: Token ids, (batch, tokens).
+    """
     states = networks["text_encoder"](words).last_hidden_state  # (batch, tokens, width)
     predicted: Tensor = networks["unet"](noised, timesteps, states).sample
     return predicted
@@ -110,7 +117,7 @@ def build_vae(block_out_channels: tuple[int, ...] = (16, 32, 48)) -> Autoencoder
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels; the network predicts the velocity."""
+    """Return a scheduler with Stable Diffusion's noise levels, for a network that predicts the velocity."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -125,7 +132,7 @@ def build_scheduler() -> DDIMScheduler:
 def build_pipeline(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The stock pipeline around these parts; it has no safety checker, since the world has no harm in it."""
+    """Return the stock pipeline of these parts. It needs no safety checker, since it draws only shapes."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -1,4 +1,4 @@
-"""One labelled picture of a comparison: a column for each prompt, the stock row above the gated one."""
+"""One picture of a comparison, with a column for each prompt and the stock row above the gated one."""
 
 import numpy as np
 from PIL import Image
@@ -9,20 +9,20 @@ from tgate_processors.demo.world import caption
 from tgate_processors.measure.sheet import sheet
 
 
-ENLARGED = 3  # screen pixels a picture pixel
+ENLARGED = 3  # factor by which the pictures are enlarged
 
 
 def side_by_side(comparison: Comparison, settings: str) -> Image.Image:
-    """The pictures of both pipelines, labelled so that they stand alone.
+    """Return the pictures of both pipelines with labels that explain them.
 
     Args:
-        comparison: The pictures and their figures.
-        settings: A line that says how they were made.
+        comparison: Pictures and measurements of both pipelines.
+        settings: Line that tells how the pictures were drawn.
     """
     saved = f"{comparison.summary.macs_saved:.0%} of the arithmetic saved"
     return sheet(
         [[_enlarged(picture) for picture in side.pictures] for side in (comparison.stock, comparison.gated)],
-        title=f"The stock pipeline, and gated: {saved}",
+        title=f"The stock pipeline and the gated one: {saved}",
         settings=settings,
         rows=("stock", "gated"),
         columns=[caption(scene) for scene in comparison.scenes],

@@ -1,6 +1,7 @@
-"""The demo's PixArt-alpha: stock classes throughout, only small, with the autoencoder of the demo's Stable Diffusion.
+"""The embedded PixArt-alpha, built from stock classes at a small size.
 
-Everything here is a function of its arguments, so that training builds exactly what the package ships.
+It shares the autoencoder of the embedded Stable Diffusion. Each function depends on its arguments alone, so training
+builds exactly what the package ships.
 """
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
@@ -12,11 +13,11 @@ from tgate_processors.demo.world import RESOLUTION, WORDS
 
 
 HEAD_WIDTH = 32  # channels
-PAD = 0  # the id of T5's token that stands for nothing
+PAD = 0  # id of T5's padding token
 
 
 def build_tokenizer() -> T5Tokenizer:
-    """T5's unigram tokenizer with a vocabulary of this world's words, one token for each."""
+    """Return T5's unigram tokenizer for the words of this world, with one token for each."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -1.0) for word in WORDS]  # the mark stands for the space before it
     return T5Tokenizer(vocab=[*special, *words], extra_ids=0, model_max_length=TOKENS)
@@ -42,11 +43,11 @@ def build_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_transformer(num_attention_heads: int = 6, num_layers: int = 6) -> PixArtTransformer2DModel:
-    """64 patches of 2 x 2 latents; every block attends to the caption."""
+    """Return a transformer on 64 patches of 2 x 2 latents. Every block attends to the caption."""
     return PixArtTransformer2DModel(
         sample_size=RESOLUTION // SCALE,
         in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,  # PixArt's own has twice as many: the pipeline ignores its learned variance
+        out_channels=LATENT_CHANNELS,  # PixArt has twice as many, for a variance that the pipeline ignores
         num_attention_heads=num_attention_heads,
         attention_head_dim=HEAD_WIDTH,
         num_layers=num_layers,
@@ -56,7 +57,14 @@ def build_transformer(num_attention_heads: int = 6, num_layers: int = 6) -> PixA
 
 
 def velocity(networks: nn.ModuleDict, noised: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
-    """What the two networks predict of noised latents (batch, channels, height, width) and token ids."""
+    """Return the velocity that both networks predict from noised latents and token ids.
+
+    Args:
+        networks: The text encoder and the denoiser.
+        noised: Noised latents, (batch, channels, height, width).
+        timesteps: Timestep of each latent, (batch,).
+        words: Token ids, (batch, tokens).
+    """
     mask = words.not_equal(PAD).long()
     states = networks["text_encoder"](words, attention_mask=mask).last_hidden_state  # (batch, tokens, width)
     sizes = {"resolution": None, "aspect_ratio": None}
@@ -67,7 +75,7 @@ def velocity(networks: nn.ModuleDict, noised: Tensor, timesteps: Tensor, words: 
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
-    """PixArt's solver, at Stable Diffusion's noise levels; the network predicts the velocity."""
+    """Return PixArt's solver with Stable Diffusion's noise levels, for a network that predicts the velocity."""
     return DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
     )

@@ -1,4 +1,4 @@
-"""What each way costs in meaning on the demo's model, whose pictures are checked: `tgate-processors quality`."""
+"""Measure what each method costs in accuracy on an embedded model: `tgate-processors quality`."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from tgate_processors.schedule import TGateConfig
 
 
 BATCH = 32
-SAMPLERS = ("dpm++-2m-karras", "euler-a")  # where none is named: one without fresh noise, and one with
+SAMPLERS = ("dpm++-2m-karras", "euler-a")  # default: one without fresh noise in each step, and one with
 
 
 def quality_of_demo(
@@ -34,24 +34,25 @@ def quality_of_demo(
     only: Sequence[str] = (),
     **call_kwargs: Any,
 ) -> Quality:
-    """Draw held-out prompts each way and read the pictures, with a progress bar.
+    """Draw held-out prompts with each method and check the pictures, with a progress bar.
 
     Args:
-        pipe: The pipeline of an embedded model, not gated.
-        name: The name of the model.
+        pipe: Pipeline of an embedded model, without a gate.
+        name: Name of the model.
         count: Number of prompts.
-        seed: The seed of the prompts; picture i starts from the noise of `seed + i`.
+        seed: Seed of the prompts. Picture i starts from the noise of `seed + i`.
         num_inference_steps: Number of steps in the stock run, at least 5.
-        samplers: Names of `tgate_processors.measure.samplers.SAMPLERS`.
-        only: Parts of the names of the ways to keep; none: all that are not extra. The stock pipeline is always there.
+        samplers: Keys of `tgate_processors.measure.samplers.SAMPLERS`.
+        only: Parts of the names of the methods to run. If empty, all run that are not extra. The stock pipeline always
+            runs.
         call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
-        ConfigError: An argument breaks its rule, or `only` or `samplers` names nothing that there is.
+        ConfigError: An argument breaks its rule, or `only` or `samplers` has an unknown name.
         MissingPackageError: `torchmetrics` or `scipy` is not installed.
     """
     require_whole("count", count, least=2)
-    TGateConfig(gate_step="auto").schedule(num_inference_steps)  # says if these are too few
+    TGateConfig(gate_step="auto").schedule(num_inference_steps)  # raises if these are too few
     chosen = chosen_ways(num_inference_steps, only, has_unet=hasattr(pipe, "unet"))
     scenes = held_out_scenes(count, seed)
     prompts = [caption(scene) for scene in scenes]
@@ -71,7 +72,7 @@ def quality_of_demo(
         by_attribute = {
             name: reading.right[:, index][reading.named[:, index]]
             for index, name in enumerate(ATTRIBUTES)
-            if reading.named[:, index].any()  # few prompts may have no relation among them
+            if reading.named[:, index].any()  # a few prompts may all be without a relation
         }
         return {**by_attribute, "accuracy": reading.whole}
 
@@ -102,15 +103,15 @@ def quality_of_demo(
 
 
 class Latents(torch.nn.Module):
-    """What a Fréchet distance compares: the autoencoder's latents, averaged over the cells of a 4 x 4 grid."""
+    """Features for a Fréchet distance: the autoencoder's latents, averaged over the cells of a 4 x 4 grid."""
 
     num_features = 64
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = copy.deepcopy(vae).float().cpu()  # where the pictures are; the pipeline may be of less precision
+        self.vae = copy.deepcopy(vae).float().cpu()  # on the pictures' device; the pipeline may have less precision
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """`(count, 3, height, width)` in 0..1 -> `(count, 64)`."""
+        """Return the features of pictures `(count, 3, height, width)` in 0..1 -> `(count, 64)`."""
         means = [self.vae.encode(part * 2 - 1).latent_dist.mean for part in torch.split(pictures, BATCH)]
         return torch.nn.functional.adaptive_avg_pool2d(torch.cat(means), 4).flatten(1)

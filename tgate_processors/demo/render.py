@@ -1,7 +1,7 @@
-"""Draws scenes of the demo's world.
+"""Draw scenes of the embedded models' world.
 
-Everything that is random about a drawing (place, exact radius, phase of the stripes) is left out of the
-caption, so that a caption has many right pictures and a model has to decide for one of them.
+A caption does not tell a thing's place, exact radius or phase of stripes, which are random. So a caption has many
+correct pictures, and a model must decide on one of them.
 """
 
 import math
@@ -15,14 +15,14 @@ from tgate_processors.demo.world import DARK, PALETTE, RESOLUTION, SHAPES, Scene
 
 RADIUS = {"small": (8.5, 9.3), "large": (12.0, 13.0)}  # half a shape's width and height, in pixels
 CROSS_ARM = 0.4  # half the width of a cross's arm, in radii
-OUTLINE = 1.3  # pixels
-STRIPE_PERIOD = 6.0  # pixels, from one dark stripe to the next below it
-STRIPE_HALF_WIDTH = 1.3  # pixels, of the dark part
-REACH = 14.5  # no shape comes nearer to the edge of its place than REACH - radius, see `_centres`
+OUTLINE = 1.3  # width in pixels
+STRIPE_PERIOD = 6.0  # pixels from one dark stripe to the next below it
+STRIPE_HALF_WIDTH = 1.3  # half the height of a dark stripe, in pixels
+REACH = 14.5  # radius plus the largest shift of a shape from the middle of its half, in pixels, see `_centres`
 
 
 def render(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
-    """Draws scenes, antialiased -> (scenes, 3, RESOLUTION, RESOLUTION) in -1..1."""
+    """Draw scenes with antialiasing -> (scenes, 3, RESOLUTION, RESOLUTION) in -1..1."""
     chance = torch.rand(len(scenes), 2, 4, generator=generator)
     picture = _rgb([scene.background for scene in scenes]).expand(-1, -1, RESOLUTION, RESOLUTION)
     for slot in range(2):
@@ -35,7 +35,16 @@ def render(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
 def _draw(
     picture: Tensor, scenes: Sequence[Scene], things: list[Thing], slot: int, shown: Tensor, chance: Tensor
 ) -> Tensor:
-    """`picture` (count, 3, height, width) in 0..1 with one thing more on each; chance: (count, 4)."""
+    """Return `picture`, (count, 3, height, width) in 0..1, with one more thing in each.
+
+    Args:
+        picture: Pictures so far.
+        scenes: Scene of each picture.
+        things: Thing to add to each picture.
+        slot: Index of the things in their scenes.
+        shown: Whether a picture has a thing of this index, (count, 1, 1).
+        chance: Random numbers in 0..1, (count, 4).
+    """
     low, high = torch.tensor([RADIUS[thing.size] for thing in things]).unbind(1)
     radius = low + (high - low) * chance[:, 0]
     centre = _centres(scenes, slot, radius, chance[:, 1:3])  # (count, 2) as x, y
@@ -50,10 +59,10 @@ def _draw(
 
 
 def _centres(scenes: Sequence[Scene], slot: int, radius: Tensor, chance: Tensor) -> Tensor:
-    """Where the things go -> (count, 2) as x, y in pixels.
+    """Return the centres of the things -> (count, 2) as x, y in pixels.
 
-    A pair shares the picture half and half, along the axis of its relation; the smaller a thing, the freer
-    it is in its half. Two large things always keep some three pixels between them.
+    Each thing of a pair has one half of the picture, along the axis of the relation. A smaller thing has more room to
+    move in its half. Two large things always keep some three pixels between them.
     """
     middle = RESOLUTION / 2
     home = torch.full((len(scenes), 2), middle)
@@ -68,7 +77,7 @@ def _centres(scenes: Sequence[Scene], slot: int, radius: Tensor, chance: Tensor)
 
 
 def _distance(shapes: Sequence[str], x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance in pixels to each row's shape, negative inside -> (count, height, width)."""
+    """Return each pixel's signed distance to the shape of its row, negative inside -> (count, height, width)."""
     arm = CROSS_ARM * radius
     across, down = x.abs(), y.abs()
     of_shape = {
@@ -83,16 +92,16 @@ def _distance(shapes: Sequence[str], x: Tensor, y: Tensor, radius: Tensor) -> Te
 
 
 def _stripes(y: Tensor, phase: Tensor) -> Tensor:
-    """How dark the stripes are at each pixel, 0..1."""
+    """Return how much of each pixel is in a dark stripe, 0..1."""
     turn = (y / STRIPE_PERIOD + phase.view(-1, 1, 1)) % 1.0
     return _coverage((turn - 0.5).abs() * STRIPE_PERIOD - STRIPE_HALF_WIDTH)
 
 
 def _coverage(distance: Tensor) -> Tensor:
-    """The share of a pixel that lies inside an edge at this signed distance from its centre."""
+    """Return the share of a pixel inside an edge at this signed distance from the pixel's centre."""
     return (0.5 - distance).clamp(0, 1)
 
 
 def _rgb(names: Sequence[str]) -> Tensor:
-    """Colours by name -> (names, 3, 1, 1) in 0..1."""
+    """Return colours by name -> (names, 3, 1, 1) in 0..1."""
     return torch.tensor([DARK if name == "dark" else PALETTE[name] for name in names]).view(-1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""The documentation's benchmark table with all of its columns, measured here: `tgate-processors table`."""
+"""Measure the original's benchmark table on this machine: `tgate-processors table`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ from tgate_processors.measure.rig import Rig, reduced
 from tgate_processors.measure.ways import said_of
 
 
-KINDS = {  # of each published model, the embedded one
+KINDS = {  # published model: embedded model of its kind
     "sd-1.5": "sd",
     "sd-2.1": "sd",
     "sdxl": "sd",
@@ -36,20 +36,20 @@ KINDS = {  # of each published model, the embedded one
     "pixart-sigma": "pixart",
     "lcm-pixart": "pixart-lcm",
 }
-PIXELS = 256  # of the timed pictures
+PIXELS = 256  # width and height of the timed pictures
 
 
 def measure_table(*, count: int, seed: int, rounds: int, device: str, dtype: torch.dtype) -> Table:
     """Count every row at full size, time it at reduced size, and draw it on the embedded model of its kind.
 
-    It has progress bars. Ctrl-C ends it: the table is of what is done.
+    It shows progress bars. After Ctrl-C the table covers what was done until then.
 
     Args:
-        count: Held-out prompts that are drawn, at least 2.
-        seed: The seed of the prompts; picture i starts from the noise of `seed + i`.
-        rounds: How often each row is timed, in turn with the others of its model.
-        device: Such as `cpu` or `cuda`.
-        dtype: The type of weights and latents, of what is timed and of what draws.
+        count: Number of held-out prompts to draw, at least 2.
+        seed: Seed of the prompts. Picture i starts from the noise of `seed + i`.
+        rounds: Number of timed runs of each row. The rows of a model take turns.
+        device: Name of the device, such as `cpu` or `cuda`.
+        dtype: Type of weights and latents, in the timed models and in the embedded ones.
 
     Raises:
         ConfigError: `count` or `rounds` is too small.
@@ -57,7 +57,7 @@ def measure_table(*, count: int, seed: int, rounds: int, device: str, dtype: tor
     """
     require_whole("count", count, least=2)
     require_whole("rounds", rounds, least=1)
-    estimate(torch.ones(2, dtype=torch.bool))  # says before the work if a package is missing; so do the next lines
+    estimate(torch.ones(2, dtype=torch.bool))  # raises before the work if a package is missing, as do the next lines
     likeness.psnr(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
     pipes = {name: load_demo_pipeline(name, dtype=dtype).to(device) for name in EMBEDDED}
     settings: dict[str, Any] = {"prompts": count, "seed": seed, "rounds": rounds}
@@ -87,7 +87,7 @@ def _time(
     speed_ups: dict[PublishedRow, Spread],
     errors: dict[PublishedRow, str],
 ) -> None:
-    """The rows of each model run turn about."""
+    """Time the rows. Those of one model take turns."""
     by_model = sorted(PUBLISHED, key=lambda row: row.model)
     with tqdm(total=len(PUBLISHED) * (rounds + 1), desc="timing", unit="run", leave=False, disable=None) as bar:
         for model, of_model in groupby(by_model, key=lambda row: row.model):
@@ -111,9 +111,11 @@ def _rig(model: str, rows: Sequence[PublishedRow], device: str, dtype: torch.dty
 
 
 def _small(known: Architecture) -> Architecture:
-    """A fifth of a UNet's width, one layer a block and at most two transformer blocks in it; a quarter of PixArt's.
+    """Return the architecture at reduced size.
 
-    Of less width alone a step would be thousands of small operations, and a CPU would be timed at calling them.
+    A UNet keeps a fifth of its width, one layer a block, and at most two transformer blocks in a layer. PixArt keeps a
+    quarter of its width and depth. With the width alone reduced, a step would be thousands of small operations, and a
+    CPU's time would be that of the calls.
     """
     if known.denoiser == "PixArtTransformer2DModel":
         return reduced(replace(known, config={**known.config, "num_layers": 7}), 4)
@@ -130,26 +132,26 @@ def _draw(
     pictures: dict[PublishedRow, Pictures],
     errors: dict[PublishedRow, str],
 ) -> None:
-    """Rows that run alike on the same embedded model are drawn once."""
+    """Draw the rows with the embedded models. Rows with equal settings on the same model are drawn once."""
     drawn: dict[Any, Tensor] = {}
     with tqdm(
-        total=len({_alike(row) for row in PUBLISHED}) * len(scenes),
+        total=len({_drawing_key(row) for row in PUBLISHED}) * len(scenes),
         desc="drawing",
         unit="picture",
         leave=False,
         disable=None,
     ) as bar:
         for row in PUBLISHED:
-            if _alike(row) not in drawn:
+            if _drawing_key(row) not in drawn:
                 try:
-                    drawn[_alike(row)] = _drawn(pipes[KINDS[row.model]], row, scenes, seed, bar)
-                except Exception as error:  # DeepCache may be missing, or fail, and the others go on
+                    drawn[_drawing_key(row)] = _drawn(pipes[KINDS[row.model]], row, scenes, seed, bar)
+                except Exception as error:  # DeepCache may be missing or fail; the other rows are still drawn
                     errors[row] = said_of(error)
                     continue
-            pictures[row] = _compared(drawn[_alike(row)], drawn.get(_alike(base_of(row))), scenes)
+            pictures[row] = _compared(drawn[_drawing_key(row)], drawn.get(_drawing_key(base_of(row))), scenes)
 
 
-def _alike(row: PublishedRow) -> Any:
+def _drawing_key(row: PublishedRow) -> Any:
     return KINDS[row.model], row.gate, row.cache_interval
 
 

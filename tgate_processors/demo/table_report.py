@@ -14,11 +14,11 @@ from tgate_processors.measure.published import Counted, PublishedRow, base_of
 
 
 NOTES = """\
-published: READMEs of tgate 0.1.2 and, for the last four rows, of 1.0.0, whose FID is of other captions.
+Published: READMEs of tgate 0.1.2 and, for the last four rows, of 1.0.0, which measured FID with other captions.
 Speed-ups, points and PSNR compare a row with the row without T-GATE; DeepCache (SD-XL) is compared with SD-XL.
 Accuracy is the share of pictures that show all that their prompts say.
-The DeepCache rows were published for its own SDXL pipeline, whose shallow steps cost more than those of its helper for
-stock pipelines (127.9 against 49.0 GMACs), and with guidance through step 12. Counted here is what the helper does,
+The DeepCache rows were published for DeepCache's own SDXL pipeline, with guidance through step 12. Its shallow steps
+cost more than those of DeepCache's helper for stock pipelines (127.9 against 49.0 GMACs). The table counts the helper,
 with the gate at step 10."""
 
 
@@ -28,8 +28,8 @@ class Pictures:
 
     Args:
         accuracy: Share of pictures that show all that their prompts say.
-        to_base: Difference to the accuracy of the row compared with, paired by prompt; None: it is that row.
-        psnr: Likeness to that row's pictures, in dB; None: it is that row.
+        to_base: Accuracy minus that of the row that this one is compared with, paired by prompt. None if it has none.
+        psnr: Likeness to the pictures of the row that this one is compared with, in dB. None if it has none.
     """
 
     accuracy: Estimate
@@ -45,9 +45,9 @@ class Row:
         published: Published figures.
         embedded: Name of the embedded model of this kind.
         counted: Arithmetic and parameters at full size.
-        speed_up: Speed-up at reduced size over the row that it is compared with; None: not measured.
-        pictures: Scores of the embedded model's pictures; None: not drawn.
-        error: Reason why something is missing; None: nothing failed.
+        speed_up: Speed-up at reduced size over the row that this one is compared with. None if it was not measured.
+        pictures: Scores of the embedded model's pictures. None if none were drawn.
+        error: Reason why something is missing. None if nothing failed.
     """
 
     published: PublishedRow
@@ -59,12 +59,12 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Difference of the counted arithmetic to the published, as a share of the published."""
+        """Counted arithmetic minus the published, as a share of the published."""
         return self.counted.tmacs / self.published.tmacs - 1
 
     @property
     def published_speed_up(self) -> float:
-        """Published speed-up over the row that it is compared with."""
+        """Published speed-up over the row that this one is compared with."""
         return base_of(self.published).seconds / self.published.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table(Shown):
-    """All rows, and how they were measured."""
+    """All rows of the table, and the settings of their measurement."""
 
     settings: Mapping[str, Any]
     rows: Sequence[Row]
@@ -145,7 +145,7 @@ class Table(Shown):
 
 
 def _settings(row: PublishedRow) -> str:
-    """The gate and the cache of a row; nothing for the stock pipeline."""
+    """Return the settings of a row's gate and cache. The stock pipeline has none."""
     gate = [] if row.gate is None else [str(row.gate)]
     return ", ".join([*gate, *([] if row.cache_interval is None else [f"cache_interval={row.cache_interval}"])])
 
@@ -162,7 +162,7 @@ def _cells(pictures: Pictures | None) -> tuple[str, str, str]:
 
 
 def plot_table(table: Table, path: Path) -> None:
-    """Arithmetic, speed-up and pictures of every row, side by side, as a picture that stands alone.
+    """Plot arithmetic, speed-up and accuracy of every row, side by side, to a file.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.

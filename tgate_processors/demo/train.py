@@ -1,9 +1,10 @@
-"""Trains the demo's models from nothing: `python -m tgate_processors.demo.train --model sd --out DIR`.
+"""Train the embedded models from random weights: `python -m tgate_processors.demo.train --model sd --out DIR`.
 
-Stops and starts at will: checkpoints lie in DIR/checkpoints and the finished model in DIR/weights. Two
-processes (`torchrun --nproc-per-node 2 -m tgate_processors.demo.train ...`) suit a CPU of two cores, where
-Stable Diffusion takes some seventy minutes. The packaged weights were made so, stopped and resumed on the way, and the
-lessons (`lesson_rows`) were found on the way too: the defaults are what was run in the end, not a second run of it.
+You can stop the training and start it again. Checkpoints are in DIR/checkpoints, the finished model in DIR/weights.
+Two processes (`torchrun --nproc-per-node 2 -m tgate_processors.demo.train ...`) suit a CPU of two cores, where Stable
+Diffusion takes about seventy minutes. The packaged weights were trained this way, with stops. The lessons
+(`lesson_rows`) were found during that training. The defaults are the settings that it ended with; no second training
+has run them as a whole.
 """
 
 import argparse
@@ -33,20 +34,25 @@ from tgate_processors.demo.world import caption, sample_scenes
 from tgate_processors.errors import MissingPackageError
 
 
-POOL = 48  # chunks of encoded pictures that the U-Net learns from
+POOL = 48  # chunks of encoded pictures that the denoiser learns from
 CHUNK = 1024  # pictures
-UNCAPTIONED = 0.12  # the share of captions replaced by the empty one, for guidance
+UNCAPTIONED = 0.12  # share of captions that are replaced by the empty one, for guidance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one of the models is built and taught.
+    """How one of the models is built and trained.
 
-    denoiser: its name in the pipeline. build_tokenizer, build_text_encoder, build_denoiser, build_pipeline: its parts.
-    velocity: what the networks predict, of noised latents, timesteps and token ids.
-    steps: of training. lessons: those of the two of `lesson_rows`. noisy_lessons: whether most of these are spent on
-    the noisiest quarter of the timesteps, where it is settled where things go. noisy: steps of which most are spent on
-    the noisier half, where it is settled how large things are.
+    Attributes:
+        denoiser: Name of the denoiser in the pipeline.
+        build_tokenizer, build_text_encoder, build_denoiser, build_pipeline: Functions that build the parts.
+        velocity: Function of networks, noised latents, timesteps and token ids that returns the predicted velocity.
+        steps: Number of training steps.
+        lessons: Steps of each of the two lessons of `lesson_rows`.
+        noisy_lessons: Whether three quarters of a lesson's batch have timesteps in the noisiest quarter, which decides
+            where things go.
+        noisy: Steps in which three quarters of a batch have timesteps in the noisier half, which decides how large
+            things are.
     """
 
     denoiser: str
@@ -92,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgate_processors.demo.train", description=__doc__)
     add_options(parser, steps=None, batch=48, learning_rate=1e-3)
     parser.add_argument("--model", choices=RECIPES, default="sd")
-    parser.add_argument("--vae-steps", type=int, default=2600, help="of the autoencoder, which comes first")
+    parser.add_argument("--vae-steps", type=int, default=2600, help="number of training steps of the autoencoder")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     return parser
 
@@ -115,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.model == "sd":
             vae = make_vae(options.out, options.vae_steps, options.seed, options.device)
         else:
-            vae = load_demo_pipeline().vae.to(options.device)  # one for all
+            vae = load_demo_pipeline().vae.to(options.device)  # all models share one autoencoder
         latents, tokens = make_pool(options.out / "pool", vae, recipe.build_tokenizer(), options.seed)
         precision = getattr(torch, options.precision)
         trainer = denoiser_trainer(recipe, latents, tokens, settings, options.out, options.device, precision)
@@ -131,14 +137,18 @@ def make_vae(out: Path, steps: int, seed: int, device: str) -> AutoencoderKL:
     trainer = Trainer(vae, lambda _, g: vae_loss(vae, BATCH, g), vae_settings(steps, seed), checkpoint)
     trained = train_vae(trainer, seed)
     if rank() == 0:
-        print(f"the checker reads all of {reconstruction_score(trained):.1%} of the reconstructions right")
+        print(f"reconstructions in which the checker reads every attribute: {reconstruction_score(trained):.1%}")
     return trained
 
 
 def make_pool(
     folder: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase, seed: int, chunks: int = POOL
 ) -> tuple[Tensor, Tensor]:
-    """Scaled latents (pictures, channels, height, width), token ids (pictures, tokens); kept in `folder`."""
+    """Return encoded pictures and captions, which `folder` keeps for later runs.
+
+    Returns:
+        Scaled latents (pictures, channels, height, width) and token ids (pictures, tokens).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     mine = share(torch.arange(chunks)).tolist()
     for index in tqdm(mine, desc="pool", disable=rank() > 0):
@@ -158,7 +168,7 @@ def _chunk(vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase, generator: to
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
-    """Token ids as the pipeline makes them -> (captions, tokens)."""
+    """Return the token ids that the pipeline would make -> (captions, tokens)."""
     ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return ids
 
@@ -172,7 +182,7 @@ def denoiser_trainer(
     device: str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Trainer:
-    """Trains text encoder and denoiser together on a pool of latents and their captions' tokens."""
+    """Return the trainer of text encoder and denoiser, which learn together from latents and captions' tokens."""
     torch.manual_seed(settings.seed)
     tokenizer = recipe.build_tokenizer()
     networks = {"text_encoder": recipe.build_text_encoder(tokenizer), recipe.denoiser: recipe.build_denoiser()}
@@ -198,11 +208,12 @@ def denoiser_trainer(
 
 
 def lesson_rows(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """The rows of the pool for the two lessons.
+    """Return the rows of the pool for each of the two lessons.
 
-    That the first thing stands first, and that some words turn this round, can hardly be learnt at once: while
-    all four relations are as frequent, knowing one without the other is of no use. So one lesson has only
-    pairs with the first thing on the left or above, and one brings back a third of the others.
+    The model must learn two facts: the first thing is on the left or above, and the words "right" and "below" reverse
+    this. It can hardly learn both at once, because one without the other is useless while all four relations are
+    equally frequent. So the first lesson has only pairs with "left" or "above". The second lesson has everything
+    except two thirds of the pairs with "right" or "below".
     """
     straight, turned = (
         torch.isin(tokens, torch.tensor(tokenizer(words, add_special_tokens=False).input_ids)).any(1)
@@ -215,7 +226,7 @@ def lesson_rows(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Ten
 def draw_batch(
     batch: int, latents: Tensor, generator: torch.Generator, choice: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is random in a step: rows of the pool out of `choice`, noise, timesteps, and whose caption is dropped."""
+    """Return the random parts of a step: rows out of `choice`, noise, timesteps, and whether a caption is dropped."""
     rows = choice[torch.randint(len(choice), (batch,), generator=generator)]
     noise = torch.randn(batch, *latents.shape[1:], generator=generator)
     timesteps = torch.randint(1000, (batch,), generator=generator)
@@ -231,25 +242,25 @@ def denoising_loss(
     timesteps: Tensor,
     words: Tensor,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity."""
+    """Return the mean squared error of the predicted velocity."""
     noised = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.get_velocity(latents, noise, timesteps)
     return functional.mse_loss(recipe.velocity(network, noised, timesteps, words).float(), velocity)
 
 
 def save_weights(folder: Path, recipe: Recipe, vae: AutoencoderKL, network: nn.Module) -> None:
-    """Writes the stock pipeline in half precision; the networks stay as they are."""
+    """Write the stock pipeline in half precision. The networks themselves stay as they are."""
     vae, network = copy.deepcopy(vae), copy.deepcopy(network)
     for weight in (*vae.parameters(), *network.parameters()):
         weight.data = weight.data.half()
     networks = (network.get_submodule(name) for name in ("text_encoder", recipe.denoiser))
     pipeline = recipe.build_pipeline(vae, *networks)
     pipeline.save_pretrained(folder)
-    # transformers loads in the dtype named here, diffusers in float32: one pipeline must have one dtype.
+    # transformers loads in the dtype of this file, diffusers in float32, and a pipeline needs one dtype
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     _let_transformers_4_read_the_tokenizer(folder)
-    if recipe.denoiser == "unet":  # transformers 5.23 writes names of CLIP's that 5.0 does not know, and reads these
+    if recipe.denoiser == "unet":  # transformers 5.23 writes names that 5.0 does not know; both read these
         weights = folder / "text_encoder" / "model.safetensors"
         named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
         save_file(named, weights, metadata={"format": "pt"})

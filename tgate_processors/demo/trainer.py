@@ -1,7 +1,7 @@
-"""One loop that trains both halves of the demo model: resumable, repeatable, on one process or several.
+"""The training loop of the embedded models, which can be resumed and repeated, in one process or in several.
 
-Step `n` of a run draws everything random from `step_generator(seed, purpose, n)`, so a run that was stopped
-goes on as if it had not been. Under `torchrun` each process takes its share of every batch.
+Step `n` of a run draws all random numbers from `step_generator(seed, purpose, n)`, so a run that was stopped and
+resumed gives the same weights. Under `torchrun` each process takes its share of every batch.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How long and how fast to learn. Steps count updates of the weights, each on one whole batch."""
+    """Length and speed of a training. A step is one update of the weights, on one whole batch."""
 
     steps: int
     batch: int
     learning_rate: float
     seed: int = 0
     warm_up: int = 200  # steps
-    decay: float = 0.25  # the share of the steps at the end over which the rate falls to zero
-    averaging: float = 0.999  # how much of the averaged weights each step keeps
+    decay: float = 0.25  # share of the steps, at the end, over which the rate falls to zero
+    averaging: float = 0.999  # share of the averaged weights that each step keeps
     save_every: int = 250  # steps
 
     def __post_init__(self) -> None:
@@ -37,16 +37,22 @@ class Settings:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}; pass a positive number.")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a 0-based step; before the decay it doesn't depend on `steps`."""
+        """Return the learning rate of a 0-based step. Before the decay it does not depend on `steps`."""
         rising = min(1.0, (step + 1) / self.warm_up)
         falling = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
         return self.learning_rate * rising * falling
 
 
 class Trainer:
-    """Trains `network` on `loss(step, generator)`, the mean loss of this process's share of a batch.
+    """Training of a network.
 
-    The weights to use afterwards are those of `averaged`, a moving average of the trained ones.
+    Use the weights of `averaged` afterwards, which are a moving average of the trained ones.
+
+    Args:
+        network: Network to train.
+        loss: Function of a step and its generator that returns the mean loss of this process's share of a batch.
+        settings: Length and speed of the training.
+        checkpoint: File to resume from and to save to.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class Trainer:
             self._load()
 
     def run(self, until: int | None = None) -> None:
-        """Trains from the checkpoint on, to `until` steps or to the end."""
+        """Train from the checkpoint to step `until`, or to the end."""
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         bar = tqdm(
             total=self.settings.steps,
@@ -88,7 +94,7 @@ class Trainer:
             group["lr"] = self.settings.rate(self.step)
         loss = self.loss(self.step, step_generator(self.settings.seed, self.checkpoint.stem, self.step))
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # of torch
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         _share_gradients(self.network)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
@@ -98,7 +104,7 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        # Early averages forget fast, or the untrained weights would stay in them.
+        # early averages forget fast, or the untrained weights would stay in them
         keep = min(self.settings.averaging, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - keep)
 
@@ -107,7 +113,7 @@ class Trainer:
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {name: getattr(self, name).state_dict() for name in ("network", "averaged", "optimizer")}
-        # Written beside and moved, so that a stop in the middle leaves the old checkpoint whole.
+        # written to another file and then moved, so that a stop in between leaves the old checkpoint whole
         partial = self.checkpoint.with_suffix(".partial")
         torch.save({"step": self.step, **state}, partial)
         os.replace(partial, self.checkpoint)
@@ -120,20 +126,20 @@ class Trainer:
 
 
 def add_options(parser: argparse.ArgumentParser, *, steps: int | None, batch: int, learning_rate: float) -> None:
-    """The options of every training, with its own defaults."""
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and what is learnt")
-    parser.add_argument("--steps", type=int, default=steps, help="of training")
-    parser.add_argument("--until", type=int, help="stop after this many steps, to go on some other time")
+    """Add the options that all trainings have, with the defaults of this one."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and trained weights")
+    parser.add_argument("--steps", type=int, default=steps, help="number of training steps")
+    parser.add_argument("--until", type=int, help="stop after this many steps, to be resumed later")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of each process")
 
 
 @contextmanager
 def processes(device: str, threads: int) -> Iterator[None]:
-    """For a while, all processes that `torchrun` started train together; without it, this one alone."""
+    """While the context lasts, connect the processes that `torchrun` started. Without it, this process is alone."""
     torch.set_num_threads(threads)
     if "RANK" in os.environ:  # set by torchrun
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -143,23 +149,23 @@ def processes(device: str, threads: int) -> Iterator[None]:
 
 
 def step_generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """The random numbers of one step, on the CPU so that they are the same on every device."""
+    """Return the generator of one step, on the CPU, so that every device has the same random numbers."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{purpose}/{step}".encode()))
 
 
 def rank() -> int:
-    """This process's number, 0 when it is the only one."""
+    """Return the number of this process, or 0 if it is the only one."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def share(values: Tensor) -> Tensor:
-    """This process's rows of a batch."""
+    """Return this process's rows of a batch."""
     count = distributed.get_world_size() if distributed.is_initialized() else 1
     return values[rank() :: count]
 
 
 def _share_gradients(network: nn.Module) -> None:
-    """Replaces each process's gradients by their mean, in one message."""
+    """Replace the gradients of each process by their mean, with one message."""
     if not distributed.is_initialized():
         return
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]

@@ -1,4 +1,4 @@
-"""The demo's world: scenes of one or two outlined shapes, and the captions that describe them."""
+"""The world of the embedded models: scenes of one or two outlined shapes, and captions that describe them."""
 
 import re
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ DARK = (0.08, 0.08, 0.10)  # outlines and stripes
 GLUE = ("a", "striped", "left", "right", "of", "above", "below", "on", "background")
 WORDS = (*GLUE, *SIZES, *COLOURS, *SHAPES)
 
-# What no training caption says: whole (colour, shape) pairs, (size, colour, shape) triples, and triples of
-# the first thing's colour and shape with its relation.
+# Combinations that no training caption has: pairs of colour and shape, triples of size, colour and shape, and triples
+# of the first thing's colour, its shape and its relation.
 HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "circle")}
 HELD_OUT_SIZED = {
     ("small", "green", "square"),
@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: what a caption says of it."""
+    """One shape, with all that a caption says about it."""
 
     size: str
     colour: str
@@ -61,7 +61,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a background; `relation` says where the first is, seen from the second."""
+    """One or two things on a background. `relation` tells where the first is, seen from the second."""
 
     background: str
     first: Thing
@@ -74,7 +74,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The one sentence that says everything a checker can ask of the scene's picture."""
+    """Return the sentence that names everything that the checker reads from the scene's picture."""
     things = f" {scene.relation} ".join(str(thing) for thing in scene.things)
     return f"{things} on a {scene.background} background"
 
@@ -84,7 +84,11 @@ _CAPTION = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'
 
 
 def parse(text: str) -> Scene:
-    """The scene that a caption of this world describes; the inverse of `caption`."""
+    """Return the scene that a caption describes. This is the inverse of `caption`.
+
+    Raises:
+        ValueError: `text` is no caption of this world.
+    """
     words = text.lower().split()
     unknown = [word for word in words if word not in WORDS]
     if unknown:
@@ -109,7 +113,7 @@ def _thing(part: Sequence[str | None]) -> Thing:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training never sees this scene, since it holds one of the `HELD_OUT_...` combinations."""
+    """Return whether the scene has one of the `HELD_OUT_...` combinations, which training never shows."""
     first = scene.first
     return (first.colour, first.shape, scene.relation) in HELD_OUT_RELATED or any(
         (thing.colour, thing.shape) in HELD_OUT_PAIRS or (thing.size, thing.colour, thing.shape) in HELD_OUT_SIZED
@@ -118,17 +122,17 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def sample_scenes(count: int, generator: torch.Generator, *, held_out: bool = False) -> list[Scene]:
-    """`count` scenes that training may see, or (`held_out`) that it never sees."""
+    """Return `count` scenes that training may show or, with `held_out`, that it never shows."""
     scenes: list[Scene] = []
     while len(scenes) < count:
-        # Two draws for each scene still missing: the numbers used depend on the generator alone.
+        # Each pass draws two candidates for each of `count` scenes, however many of them are still missing.
         drawn = (_scene(row) for row in torch.rand(2 * count, 12, generator=generator).tolist())
         scenes += [scene for scene in drawn if is_held_out(scene) == held_out]
     return scenes[:count]
 
 
 def _scene(chance: Sequence[float]) -> Scene:
-    """A scene from twelve uniform numbers; colours are drawn without putting back, so all differ."""
+    """Return the scene that twelve uniform numbers choose. Colours are drawn without replacement, so they differ."""
     colours = list(COLOURS)
     background, colour, other = (colours.pop(int(u * len(colours))) for u in chance[:3])
     first = Thing(_pick(SIZES, chance[3]), colour, _pick(SHAPES, chance[4]), chance[5] < 0.5)

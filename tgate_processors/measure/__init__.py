@@ -1,1 +1,1 @@
-"""What the gate costs and saves: counted, timed, and seen in the pictures."""
+"""Measurements of what the gate saves in arithmetic and time, and of what it costs in pictures."""

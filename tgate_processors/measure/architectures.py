@@ -1,4 +1,4 @@
-"""The denoisers of the original's documentation at full size, from their published configs, without weights."""
+"""Architectures of the denoisers in the original's documentation, at full size and without weights."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ class Architecture:
     """A denoiser and the inputs that a pipeline gives it.
 
     Args:
-        denoiser: Class of diffusers.
-        config: Its config.
-        height, width: The size of the picture, in pixels.
+        denoiser: Name of the denoiser's class in diffusers.
+        config: Config of the denoiser.
+        height, width: Size of the picture, in pixels.
         tokens: Number of tokens of the prompt.
         guidance: Whether the pipeline batches two branches of classifier-free guidance.
-        steps: Denoising steps.
-        scale: Pixels of a latent, along one side.
+        steps: Number of denoising steps.
+        scale: Pixels per latent, along one side.
     """
 
     denoiser: str
@@ -38,11 +38,11 @@ class Architecture:
     scale: int = 8
 
     def build(self) -> Any:
-        """The denoiser on the meta device."""
+        """Return the denoiser on the meta device."""
         return build_on_meta(getattr(diffusers, self.denoiser), dict(self.config))
 
     def inputs(self, model: Any) -> Inputs:
-        """What an evaluation of one picture is given before the gate, on the meta device."""
+        """Return the inputs of an evaluation before the gate, for one picture, on the meta device."""
         batch = 2 if self.guidance else 1
         config = model.config
         with torch.device("meta"):
@@ -92,7 +92,7 @@ _SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-# SDXL's number of layers, with hardly any arithmetic: what is timed is Python, for which a fast card waits
+# as many layers as SDXL with hardly any arithmetic, to time Python alone, for which a fast GPU waits
 _PYTHON = {
     "sample_size": 8,
     "block_out_channels": [8, 8, 8],
@@ -127,11 +127,11 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> Architecture:
-    """A known architecture by its name, or that of a saved pipeline by its folder.
+    """Return the architecture of a name in `ARCHITECTURES`, or of the saved pipeline in a folder.
 
     Raises:
-        ConfigError: The name is none of `ARCHITECTURES`, and no folder of a saved pipeline.
-        UnsupportedPipelineError: The saved pipeline's denoiser is of no class that is known here.
+        ConfigError: `name` is neither a key of `ARCHITECTURES` nor the folder of a saved pipeline.
+        UnsupportedPipelineError: The saved pipeline's denoiser has another class than those of `ARCHITECTURES`.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -144,14 +144,14 @@ def architecture(name: str) -> Architecture:
 
 
 def _pipeline_on_disk(folder: Path) -> Architecture:
-    """From its configs alone."""
+    """Return the architecture of a saved pipeline, from its configs alone."""
     index = folder / "model_index.json"
     parts = json.loads(index.read_text())
     name = "unet" if "unet" in parts else "transformer"
     denoiser = parts.get(name, ["", "nothing"])[1]
     if denoiser not in (_UNET, _PIXART_CLASS):
         raise UnsupportedPipelineError(
-            f"`model` must have a {_UNET} or a {_PIXART_CLASS}, got {denoiser}. Other inputs are not known here."
+            f"`model` must have a {_UNET} or a {_PIXART_CLASS}, got {denoiser}. The inputs of others are unknown."
         )
     config = json.loads((folder / name / "config.json").read_text())
     scale = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
@@ -162,13 +162,13 @@ def _pipeline_on_disk(folder: Path) -> Architecture:
 
 
 def _text_tokens(folder: Path) -> int:
-    """How many tokens a CLIP tokenizer pads a prompt to; 77 where the folder has no tokenizer."""
+    """Return the number of tokens to which the CLIP tokenizer pads a prompt. 77 if the folder has no tokenizer."""
     config = folder / "tokenizer" / "tokenizer_config.json"
     return int(json.loads(config.read_text())["model_max_length"]) if config.is_file() else 77
 
 
 def resized(known: Architecture, *, steps: int | None, height: int | None, width: int | None) -> Architecture:
-    """The same denoiser in a run of other steps, or for a picture of another size; None keeps what it has.
+    """Return the same architecture with other steps or another picture size. None keeps a value.
 
     Raises:
         ConfigError: A size is no multiple of a latent's pixels.

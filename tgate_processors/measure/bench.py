@@ -1,4 +1,4 @@
-"""Timing the contestants in one run, turn about, and reporting ratios: machines are noisy."""
+"""Time the contestants in turns and report their ratios, because times on a machine vary."""
 
 import platform
 import statistics
@@ -24,7 +24,7 @@ from tgate_processors.measure.ways import named, said_of
 
 @dataclass(frozen=True)
 class Spread:
-    """Paired measurements: their median, and their range."""
+    """Median and range of paired measurements."""
 
     median: float
     least: float
@@ -36,20 +36,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a contestant. Times are seconds, medians over the rounds.
+    """Measurements of a contestant. Times are in seconds.
 
     Args:
-        name: The name of the contestant.
-        error: Why there is no measurement; None where there is one.
-        run: A whole run.
-        runs: Each of them, round by round.
-        planning_step, fidelity_step: The least step of a round before the gate, and after it.
-        speed_up: The stock pipeline's run over this one, round by round.
-        planning_to_stock: The planning step over the stock pipeline's, round by round.
-        fidelity_to_limit: The fidelity step over the surgical limit's, round by round.
-        of_arithmetic: Speed-up over the speed-up in multiply-accumulates, attention's products counted; None where
-            that is not known.
-        peak_bytes: Memory on the device above what was there before the run; None on a CPU.
+        name: Name of the contestant.
+        error: Reason why the measurements are missing. None if nothing failed.
+        run: Time of a whole run, median over the rounds.
+        runs: Time of the whole run in each round.
+        planning_step, fidelity_step: Shortest step of a round before and after the gate, median over the rounds.
+        speed_up: Time of the stock pipeline's run over that of this one, in each round.
+        planning_to_stock: Planning step over the stock pipeline's, in each round.
+        fidelity_to_limit: Fidelity step over the surgical limit's, in each round.
+        of_arithmetic: Speed-up over the speed-up in multiply-accumulates, which include attention's products. None if
+            the contestant does another arithmetic than the gated run.
+        peak_bytes: Peak of the device's memory, minus what was allocated before the run. None on a CPU.
     """
 
     name: str
@@ -67,7 +67,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report(Shown):
-    """All rows, and what they were measured on."""
+    """All rows, with the settings and the machine of the measurement.
+
+    Args:
+        settings: Settings of the measurement.
+        machine: Processor, and versions of the packages.
+        mac_speed_up: Speed-up of the gated run in multiply-accumulates, which include attention's products.
+        cache_bytes: Size of the stored outputs of the gated run.
+        rows: Rows of the contestants, with the stock pipeline's first.
+    """
 
     settings: dict[str, Any]
     machine: dict[str, Any]
@@ -95,10 +103,10 @@ class Report(Shown):
             "",
             Table(lines),
             "",
-            f"speed-up of the gated run's arithmetic, attention's products counted: {self.mac_speed_up:.3f}",
-            f"speed-up over it: {', '.join(of_arithmetic)}",
+            f"speed-up of the gated run in arithmetic, with attention's products: {self.mac_speed_up:.3f}",
+            f"speed-up in time over speed-up in arithmetic: {', '.join(of_arithmetic)}",
             f"stored outputs of the gated run: {self.cache_bytes / 2**20:.1f} MiB",
-            *([f"memory of a run at its peak: {', '.join(peaks)}"] if peaks else []),
+            *([f"peak memory of a run: {', '.join(peaks)}"] if peaks else []),
             *failures,
         ]
 
@@ -119,7 +127,16 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 @dataclass
 class Laps:
-    """The laps of one contestant: for each round its steps' seconds, and its whole run's."""
+    """Times of one contestant, in seconds.
+
+    Attributes:
+        contestant: The contestant.
+        run: Prepared run. None before the first turn.
+        error: Reason why the contestant failed. None if it did not.
+        steps: Times of the steps, in each round.
+        whole: Time of the whole run, in each round.
+        peak_bytes: Peak of the device's memory over all runs, minus what was allocated before.
+    """
 
     contestant: Contestant
     run: Run | None = None
@@ -130,7 +147,7 @@ class Laps:
 
 
 class _Clock:
-    """Marks in time; on a GPU they are events, read after the run."""
+    """Clock that records marks. On a GPU a mark is an event, which is read after the run."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -138,14 +155,14 @@ class _Clock:
 
     def mark(self) -> None:
         if self.device.startswith("cuda"):
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # of torch
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped in torch
             event.record()
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
 
     def laps(self) -> list[float]:
-        """Seconds between the marks."""
+        """Return the seconds between the marks."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
@@ -154,18 +171,18 @@ class _Clock:
 
 
 def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[str] = ()) -> Report:
-    """Time every contestant `rounds` times, turn about, after one run that is not timed; with a progress bar.
+    """Time the contestants in turns, after one run of each that is not timed, with a progress bar.
 
-    Ctrl-C ends it: the report is of the rounds that are done.
+    After Ctrl-C the report covers the rounds that are done.
 
     Args:
-        rig: What is run.
-        rounds: How often.
-        compiles: Whether each denoiser is compiled.
-        only: Parts of the names of the contestants to keep; none: all. The stock pipeline is always there.
+        rig: Rig that the contestants run.
+        rounds: Number of timed runs of each contestant.
+        compiles: Whether to compile each denoiser.
+        only: Parts of the names of the contestants to run. If empty, all run. The stock pipeline always runs.
 
     Raises:
-        ConfigError: `only` names no contestant, or `rounds` is less than 1.
+        ConfigError: `only` has a part that is in no name, or `rounds` is less than 1.
     """
     require_whole("rounds", rounds, least=1)
     cost = run_cost(rig.known, rig.config)
@@ -191,21 +208,21 @@ def bench(rig: Rig, *, rounds: int = 5, compiles: bool = False, only: Sequence[s
         for turn in take_rounds(all_laps, rig, rounds, bar, compiles=compiles):
             done.append(turn)
     settings["rounds"] = len(done)
-    for laps in all_laps:  # of an interrupted round some have one lap more
+    for laps in all_laps:  # after an interrupted round some have one lap more
         del laps.steps[len(done) :], laps.whole[len(done) :]
     rows = [_row(laps, all_laps, rig, mac_speed_up) for laps in all_laps]
     return Report(settings, machine(rig.device), mac_speed_up, cost.cache_bytes * rig.batch, tuple(rows))
 
 
 def take_rounds(all_laps: Sequence[Laps], rig: Rig, rounds: int, bar: Any, *, compiles: bool = False) -> Iterator[int]:
-    """Time the contestants turn about, and give the number of each round after it; one that is not timed goes before.
+    """Time the contestants in turns, after a round that is not timed. Yield the number of each timed round at its end.
 
     Args:
-        all_laps: One for each contestant.
-        rig: What is run.
-        rounds: How often.
-        bar: A progress bar that counts runs.
-        compiles: Whether each denoiser is compiled.
+        all_laps: Times of each contestant, which this fills.
+        rig: Rig that the contestants run.
+        rounds: Number of timed rounds.
+        bar: Progress bar that counts runs.
+        compiles: Whether to compile each denoiser.
     """
     for turn in range(rounds + 1):
         for laps in all_laps:
@@ -217,7 +234,7 @@ def take_rounds(all_laps: Sequence[Laps], rig: Rig, rounds: int, bar: Any, *, co
 
 
 def _take_turn(laps: Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
-    """One run of a contestant; one that fails is out, and says why."""
+    """Run a contestant once. A contestant that fails records its error and runs no more."""
     if laps.error is not None:
         return
     try:
@@ -229,7 +246,7 @@ def _take_turn(laps: Laps, rig: Rig, compiles: bool, *, timed: bool) -> None:
         laps.run(clock.mark)
         clock.mark()
         seconds = clock.laps()
-    except Exception as error:  # a peer may fail in any way, and the others go on
+    except Exception as error:  # a peer may fail with any error; the other contestants still run
         laps.error = said_of(error)
     else:
         if timed:
@@ -282,7 +299,10 @@ def _row(laps: Laps, all_laps: Sequence[Laps], rig: Rig, mac_speed_up: float) ->
 
 
 def _phases(laps: Laps, rig: Rig) -> tuple[list[float], list[float]]:
-    """The least steps of each round, before the gate and after it; the first step begins with the call itself."""
+    """Return the shortest step of each round, before the gate and after it.
+
+    The first step includes the start of the call, so it counts only if no other step is before the gate.
+    """
     gate = rig.gate_step
     planning = [min(steps[min(1, gate - 1) : gate]) for steps in laps.steps]
     fidelity = [min(steps[gate:]) for steps in laps.steps]
@@ -290,13 +310,13 @@ def _phases(laps: Laps, rig: Rig) -> tuple[list[float], list[float]]:
 
 
 def paired(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """The ratios of the same rounds."""
+    """Return the median and the range of the ratios, each of one round."""
     ratios = sorted(one / other for one, other in zip(numerators, denominators, strict=True))
     return Spread(statistics.median(ratios), ratios[0], ratios[-1])
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What it runs on, and the versions of what runs."""
+    """Return the processor, and the versions of Python, torch and diffusers."""
     if device.startswith("cuda"):
         processor = torch.cuda.get_device_name(device)
     else:
@@ -312,7 +332,7 @@ def _cpu_name() -> str:
 
 
 def plot_speed_ups(report: Report, path: Path) -> None:
-    """Speed-ups with their spread, beside that of the arithmetic, as a picture that stands alone.
+    """Plot the speed-ups with their ranges, and the speed-up in arithmetic, to a file.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.

@@ -1,4 +1,4 @@
-"""Who is timed beside a gated pipeline: the stock pipeline, the least that is possible, and other accelerators."""
+"""Contestants of the benchmark: the gated pipeline, the stock one, the least possible time, and other accelerators."""
 
 import itertools
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from tgate_processors.measure.rig import Rig
 from tgate_processors.schedule import LEAST_STEPS_FOR_AUTO, TGateConfig
 
 
-Mark = Callable[[], None]  # called after each step
+Mark = Callable[[], None]  # a run calls it after each step
 Run = Callable[[Mark], Any]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to run a rig.
+    """One method to run a rig.
 
     Args:
-        name: The name of its row.
-        prepare: Makes the run, once; raises where it cannot.
-        phases: Whether its steps are alike before the gate, and after it.
-        closes: Whether its steps after the gate differ from those before it.
+        name: Name of the report's row.
+        prepare: Function that makes the run, once. It raises if the contestant cannot run.
+        phases: Whether all steps before the gate take the same time, and all steps after it.
+        closes: Whether steps after the gate differ from those before it.
     """
 
     name: str
@@ -43,7 +43,7 @@ def _compiled(pipe: Any, compiles: bool) -> None:
 
 
 class _PipelineRun:
-    """A pipeline's call, with a way on the pipeline from now on; a mark is made after each step of its scheduler."""
+    """A pipeline's call with a method applied to the pipeline for good. Each step of the scheduler makes a mark."""
 
     def __init__(self, rig: Rig, pipe: Any, way: ways.Way, call: Callable[..., Any] | None = None, **changes: Any):
         self._pipe = pipe
@@ -63,7 +63,7 @@ class _PipelineRun:
 
 
 def by_way(way: ways.Way) -> Callable[[Rig, bool], Run]:
-    """The rig's pipeline, run this way."""
+    """Return the function that prepares a run of the rig's pipeline with a method."""
 
     def prepare(rig: Rig, compiles: bool) -> Run:
         pipe = rig.pipeline()
@@ -74,8 +74,8 @@ def by_way(way: ways.Way) -> Callable[[Rig, bool], Run]:
     return prepare
 
 
-class _GivesWhatIsStored:
-    """A processor of the surgical limit: the layer's output is there."""
+class _StoredOutput:
+    """Processor of the surgical limit, which returns a stored output."""
 
     def __init__(self) -> None:
         self.stored: torch.Tensor | None = None
@@ -94,10 +94,14 @@ class _GivesWhatIsStored:
 
 
 def surgical_limit(rig: Rig, compiles: bool) -> Run:
-    """The stock pipeline, its denoiser answered by two: stock before the gate, then one given its cross-attention."""
+    """Return a run of the stock pipeline whose denoiser is replaced by two.
+
+    The stock denoiser evaluates the steps before the gate. After it the other one evaluates half of the batch, with
+    stored cross-attention.
+    """
     planning, fidelity = (denoisers_of(rig.pipeline())[0] for _ in range(2))
     for layer in cross_attention_layers(fidelity).values():
-        layer.set_processor(_GivesWhatIsStored())  # type: ignore[operator]  # of diffusers' layers
+        layer.set_processor(_StoredOutput())  # type: ignore[operator]  # untyped in diffusers
     if compiles:
         planning.compile(fullgraph=True)
         fidelity.compile(fullgraph=True)
@@ -117,7 +121,7 @@ def surgical_limit(rig: Rig, compiles: bool) -> Run:
 
 
 def tgate_original(rig: Rig, compiles: bool) -> Run:
-    """The `tgate` package 1.0.0, at the same settings."""
+    """Return a run of the `tgate` package 1.0.0 with the same settings."""
     original = ways.package("tgate")
     pipe = rig.pipeline()
     _compiled(pipe, compiles)
@@ -140,16 +144,16 @@ def tgate_original(rig: Rig, compiles: bool) -> Run:
     return _PipelineRun(rig, pipe, ways.stock(), pipe.tgate, **settings)
 
 
-# What deciding costs a step before the gate; random weights do not converge, and here never do.
+# times what `gate_step="auto"` costs in a step; with this tolerance a run never closes its gate
 _WATCHING = TGateConfig(gate_step="auto", tolerance=1e-9)
 
 
 def contestants(rig: Rig, equal_steps: int) -> list[Contestant]:
-    """All of them, the stock pipeline first.
+    """Return all contestants, with the stock pipeline first.
 
     Args:
-        rig: What they run.
-        equal_steps: Steps of the stock pipeline with the gated run's arithmetic.
+        rig: Rig that the contestants run.
+        equal_steps: Number of steps in which the stock pipeline does the gated run's arithmetic.
     """
     gated = by_way(ways.gated(rig.config, "tgate_processors"))
     dropping = _needs_guidance(by_way(ways.dropping_guidance(rig.gate_step, first=True)))

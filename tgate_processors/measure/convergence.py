@@ -1,4 +1,4 @@
-"""How a model's cross-attention converges over a run: the curve of the papers' figure 2, and the gate step in it."""
+"""Measure how a model's cross-attention converges over a run, as in the papers' figure 2, and suggest a gate step."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ from tgate_processors.schedule import TGateConfig
 
 @dataclass(frozen=True)
 class Convergence(Shown):
-    """How much cross-attention's outputs change from one step to the next in the stock pipeline.
+    """Change of cross-attention's outputs from one step to the next, in the stock pipeline.
 
     Args:
-        changes: `(prompts, steps - 1, layers)`: `|output - output before| / |output before|`, in a twenty-fifth of
-            the run, of the branch of guidance that changed most.
+        changes: Relative change `|output - output before| / |output before|`, scaled to a twenty-fifth of the run, of
+            the branch of guidance that changed most: `(prompts, steps - 1, layers)`.
         layers: Names of the layers.
-        settings: How it was measured.
+        settings: Settings of the measurement.
     """
 
     changes: Tensor
@@ -52,19 +52,25 @@ class Convergence(Shown):
 
     @property
     def num_inference_steps(self) -> int:
+        """Number of denoising steps in a run."""
         return self.changes.shape[1] + 1
 
     def median(self) -> Tensor:
-        """`(steps - 1,)`: over layers and prompts."""
+        """Return the median change over layers and prompts, `(steps - 1,)`."""
         return self.changes.transpose(0, 1).flatten(1).median(1).values
 
     def band(self) -> tuple[Tensor, Tensor]:
-        """`(steps - 1,)` each: the quarter and three-quarter quantiles over layers, of their medians over prompts."""
+        """Return the two quartiles over layers of the median change over prompts, `(steps - 1,)` each."""
         by_layer = self.changes.median(0).values
         return by_layer.quantile(0.25, 1), by_layer.quantile(0.75, 1)
 
     def gate_steps(self, tolerance: float = TGateConfig.tolerance) -> list[int]:
-        """Where `gate_step="auto"` closes the gate for each prompt; the number of steps where it does not.
+        """Return the step at which `gate_step="auto"` closes the gate, for each prompt.
+
+        If the gate does not close, this is the number of steps.
+
+        Args:
+            tolerance: Change under which cross-attention counts as converged, between 0 and 1.
 
         Raises:
             ConfigError: `tolerance` is not between 0 and 1.
@@ -80,7 +86,10 @@ class Convergence(Shown):
         return min(next(closing, steps), steps)
 
     def gate_step(self, tolerance: float = TGateConfig.tolerance) -> int:
-        """The gate step of the middle prompt.
+        """Return the median of the prompts' gate steps.
+
+        Args:
+            tolerance: Change under which cross-attention counts as converged, between 0 and 1.
 
         Raises:
             ConfigError: `tolerance` is not between 0 and 1.
@@ -88,13 +97,13 @@ class Convergence(Shown):
         return median_low(self.gate_steps(tolerance))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the layers and the settings as its metadata.
+        """Write the changes to a safetensors file, with the layers and the settings as its metadata.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         metadata = {"layers": json.dumps(self.layers), "settings": json.dumps(self.settings)}
-        # not `save_file`, whose errors are no OSError, and which puts another file where `path` is a link
+        # not `save_file`, which raises no OSError, and which replaces a link at `path` by a file
         Path(path).write_bytes(save({"changes": self.changes.contiguous()}, metadata))
 
     @classmethod
@@ -105,7 +114,7 @@ class Convergence(Shown):
             ConfigError: There is no such file, or it holds something else.
         """
         if not Path(path).is_file():
-            raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r}: no file. Pass one.")
+            raise ConfigError(f"`path` must be a file that `save` wrote, got {str(path)!r}: no file. Pass a file.")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -116,25 +125,25 @@ class Convergence(Shown):
             fault = f"{type(error).__name__}: {error}"
         if fault is not None:
             raise ConfigError(
-                f"`path` must be a file that `save` wrote, got {str(path)!r} of something else ({fault}). "
-                "Pass another, or measure again."
+                f"`path` must be a file that `save` wrote, got {str(path)!r} with something else ({fault}). "
+                "Pass another file, or measure again."
             )
         return cls(changes, tuple(layers), settings)
 
 
 def _fault_in(changes: Tensor, layers: Any, settings: Any) -> str | None:
-    """What no `save` writes; None where nothing is wrong."""
+    """Return what in the content `save` cannot have written. None if nothing is wrong."""
     if changes.dtype not in (torch.float32, torch.float64) or changes.ndim != 3 or not changes.numel():
         return f"changes of {changes.dtype} and shape {tuple(changes.shape)}"
     if not (changes.isfinite() & (changes >= 0)).all():
-        return "changes that are no numbers from 0 on"
+        return "changes that are negative or not finite"
     if not _are_words(layers) or len(layers) != changes.shape[2]:
         return f"no names of {changes.shape[2]} layers"
     return _fault_in_settings(settings, len(changes))
 
 
 def _fault_in_settings(settings: Any, count: int) -> str | None:
-    """The fault in the settings that the suggestion and the plot read."""
+    """Return what is wrong in the settings that the suggestion and the plot read. None if nothing is."""
     if not isinstance(settings, dict):
         return "settings that are no object"
     if not _are_words([settings.get("pipeline"), settings.get("scheduler")]):
@@ -154,23 +163,23 @@ def measure_convergence(
 ) -> Convergence:
     """Run the stock pipeline for each prompt and measure how its cross-attention changes, with a progress bar.
 
-    Ctrl-C ends it: the record is of the prompts that are done.
+    After Ctrl-C the record covers the prompts that are done.
 
     Args:
-        pipe: A pipeline, not gated.
-        prompts: What to draw.
-        num_inference_steps: Denoising steps, at least 5.
-        seed: Prompt i starts from the noise of `seed + i`.
+        pipe: Pipeline without a gate.
+        prompts: Prompts to draw.
+        num_inference_steps: Number of denoising steps, at least 5.
+        seed: Seed of the noise. Prompt i starts from the noise of `seed + i`.
         call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
-        ConfigError: There is no prompt, or too few steps.
+        ConfigError: `prompts` is empty, there are too few steps, or the pipeline has no cross-attention to measure.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
-        StateError: The pipeline is gated already.
+        StateError: The pipeline is gated already, or does not evaluate all of its cross-attention in each step.
     """
     require_prompts(prompts)
     config = TGateConfig(gate_step="auto")
-    config.schedule(num_inference_steps)  # says if these are too few
+    config.schedule(num_inference_steps)  # raises if these are too few
     kwargs: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "latent"} | call_kwargs
     changes: list[list[list[float]]] = []
     settings = described(pipe, call_kwargs) | {"num_inference_steps": num_inference_steps, "seed": seed}
@@ -185,23 +194,23 @@ def measure_convergence(
     layers = tuple(cross_attention_layers(denoisers_of(pipe)[0]))
     if {len(row) for rows in changes for row in rows} != {len(layers)}:
         raise StateError(
-            "`pipe` must evaluate all of its cross-attention in every step to be measured, got steps without. "
-            "Disable what skips layers, such as DeepCache."
+            "`pipe` must evaluate all of its cross-attention in every step to be measured, got steps that do not. "
+            "Disable whatever skips layers, such as DeepCache."
         )
     return Convergence(torch.tensor(changes), layers, settings | {"prompts": list(prompts[: len(changes)])})
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The gate step that a convergence suggests.
+    """Gate step that a measured convergence suggests.
 
     Args:
-        gate_step: The gate step of the middle prompt.
+        gate_step: Median of the prompts' gate steps.
         num_inference_steps: Number of steps in the run.
-        gate_steps: The gate step of each prompt.
-        tolerance: By which they were found.
-        changes: `(steps - 1,)`: the median change of each step from the second on.
-        macs_saved: The part of the stock pipeline's arithmetic that a run with this gate step saves, 0 to 1.
+        gate_steps: Gate step of each prompt.
+        tolerance: Change under which cross-attention counts as converged.
+        changes: Median change in each step from the second on, `(steps - 1,)`.
+        macs_saved: Share of the stock pipeline's arithmetic that a run with this gate step saves, 0 to 1.
     """
 
     gate_step: int
@@ -219,15 +228,15 @@ class Suggestion:
         if self.gate_step >= self.num_inference_steps:
             return (
                 f"change of cross-attention since the step before, from step 1 on:\n{changes}\n"
-                f"it does not stay under {self.tolerance:g} for the middle one of {len(self.gate_steps)} prompts: "
-                "no gate step is suggested. A larger tolerance closes earlier."
+                f"no gate step: for the median of {len(self.gate_steps)} prompts the change does not stay under "
+                f"{self.tolerance:g}. A larger tolerance closes the gate earlier."
             )
         return (
             f"change of cross-attention since the step before, from step 1 on:\n{changes}\n"
-            f"gate step {self.gate_step} of {self.num_inference_steps}: the middle one of {len(self.gate_steps)} "
-            f"prompts stays under {self.tolerance:g} ({min(self.gate_steps)} to {max(self.gate_steps)})\n"
+            f"gate step {self.gate_step} of {self.num_inference_steps}: the median of {len(self.gate_steps)} prompts "
+            f"({min(self.gate_steps)} to {max(self.gate_steps)}), with tolerance {self.tolerance:g}\n"
             f"saves {self.macs_saved:.1%} of the arithmetic, {1 / (1 - self.macs_saved):.2f}x less\n"
-            f"use TGateConfig(gate_step={self.gate_step}), or for each prompt its own: "
+            f"use TGateConfig(gate_step={self.gate_step}), or let each run decide: "
             f'TGateConfig(gate_step="auto", tolerance={self.tolerance:g})'
         )
 
@@ -235,12 +244,12 @@ class Suggestion:
 def suggestion(
     pipe: Any, convergence: Convergence, tolerance: float = TGateConfig.tolerance, **call_kwargs: Any
 ) -> Suggestion:
-    """What the convergence suggests, and what that saves in a run of its first prompt.
+    """Return the gate step that a convergence suggests, and what it saves in a run of the first prompt.
 
     Args:
-        pipe: The pipeline that was measured.
-        convergence: What was measured.
-        tolerance: Under which cross-attention has converged, between 0 and 1.
+        pipe: Pipeline that was measured.
+        convergence: Measured convergence.
+        tolerance: Change under which cross-attention counts as converged, between 0 and 1.
         call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
@@ -265,19 +274,19 @@ def suggestion(
 
 
 def described(pipe: Any, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A pipeline and the plain arguments of its call, for a record."""
+    """Return what a record tells of a pipeline: its class, its scheduler's class, and plain arguments of its call."""
     plain = {name: value for name, value in call_kwargs.items() if isinstance(value, int | float | str)}
     return {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__, **plain}
 
 
 def require_prompts(prompts: Sequence[str]) -> None:
-    """Raise `ConfigError` unless `prompts` is a list of at least one."""
+    """Raise `ConfigError` unless `prompts` is a list of at least one prompt."""
     if isinstance(prompts, str) or not prompts:
         raise ConfigError(f"`prompts` must be a list of at least one prompt, got {prompts!r}. Pass a list.")
 
 
 def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float = TGateConfig.tolerance) -> None:
-    """The median with its band over layers, and a map of layers by steps, as a picture that stands alone.
+    """Plot the median change with its band over layers, and a map of layers by steps, to a file.
 
     Raises:
         ConfigError: `tolerance` is not between 0 and 1.
@@ -309,7 +318,7 @@ def plot_convergence(convergence: Convergence, path: Path, *, tolerance: float =
 
 
 def plot_curve(convergence: Convergence, axes: Any, tolerance: float) -> None:
-    """The median with its band over layers, and the gate step that the tolerance gives, if it gives one."""
+    """Plot the median change with its band over layers, and the gate step, if the tolerance gives one."""
     gate_steps = convergence.gate_steps(tolerance)
     steps = range(1, convergence.num_inference_steps)
     axes.fill_between(steps, *convergence.band(), color="#cfdceb", label="middle half of the layers")

@@ -1,16 +1,16 @@
-"""Ctrl-C in long work: it ends, and what is done is kept."""
+"""Handling of Ctrl-C, which ends long work but keeps its results."""
 
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
 
-INTERRUPTED = 130  # the exit code of a command, as a shell has it
+INTERRUPTED = 130  # exit code of an interrupted command, as in shells
 
 
 @contextmanager
 def keeping(done: Sized, settings: dict[str, Any]) -> Iterator[None]:
-    """Ctrl-C ends the block and is noted in `settings`; it is raised where nothing is done yet."""
+    """End the block on Ctrl-C, and set `settings["interrupted"]`. If `done` is empty, raise `KeyboardInterrupt`."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Means and their 95% confidence intervals: shares, numbers, and what two ways differ by on the same prompts."""
+"""Means of shares, of numbers and of paired differences, with 95% confidence intervals."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tgate_processors.errors import MissingPackageError
 
 
 CONFIDENCE = 0.95
-NORMAL = 1.96  # standard deviations on either side that hold 95% of a normal distribution
+NORMAL = 1.96  # 95% of a normal distribution is within this many standard deviations of the mean
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Estimate:
     high: float
 
     def shown(self, digits: int, factor: float = 1) -> str:
+        """Return the mean and the interval as text, multiplied by `factor`."""
         return " ".join(
             [
                 f"{self.mean * factor:.{digits}f}",
@@ -32,7 +33,7 @@ class Estimate:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """The mean of `(count,)` values: Wilson's interval for booleans, Student's for numbers.
+    """Return the mean of `(count,)` values, with Wilson's interval for booleans and Student's for numbers.
 
     Raises:
         MissingPackageError: `scipy` is not installed.
@@ -50,13 +51,14 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def difference(values: Tensor, others: Tensor) -> Estimate:
-    """The mean of what `values` have more than `others`, pair by pair.
+    """Return the mean of `values` minus `others`, pair by pair.
 
-    For booleans the interval is that of Bonett and Price (2012, doi 10.3102/1076998611411915): one more pair of each
-    kind of disagreement is counted, so that pairs which all agree have an interval too. For numbers it is Student's.
+    For booleans the interval is that of Bonett and Price (2012, doi 10.3102/1076998611411915). It counts one more pair
+    of each kind of disagreement, so that there is an interval even if all pairs agree. For numbers it is Student's.
 
     Args:
-        values, others: `(count,)`, or `(conditions, count)`: the mean over the conditions is one observation.
+        values, others: Paired values, `(count,)` or `(conditions, count)`. With conditions, the mean over them is one
+            observation.
 
     Raises:
         MissingPackageError: `scipy` is not installed.

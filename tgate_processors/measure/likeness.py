@@ -1,4 +1,4 @@
-"""How like one another pictures are, and how well they fit their prompts, by torchmetrics."""
+"""Likeness of pictures to other pictures and to their prompts, measured by torchmetrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from tgate_processors.errors import MissingPackageError
 
 
 def psnr(pictures: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+    """Return the peak signal-to-noise ratio in dB of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
 
     Raises:
         MissingPackageError: `torchmetrics` is not installed.
@@ -22,7 +22,7 @@ def psnr(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def ssim(pictures: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity, at most 1, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+    """Return the structural similarity, at most 1, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
 
     Raises:
         MissingPackageError: `torchmetrics` is not installed.
@@ -35,12 +35,12 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
-    """CLIP score, 0 to 100, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+    """Return the CLIP score, 0 to 100, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
 
     Args:
-        pictures: What was drawn.
-        prompts: What should have been.
-        model: A CLIP model's folder or its name on the hub.
+        pictures: Pictures to score.
+        prompts: Prompt of each picture.
+        model: Folder of a CLIP model, or its name on the hub.
 
     Raises:
         MissingPackageError: `torchmetrics` is not installed.
@@ -50,7 +50,7 @@ def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
     from transformers import CLIPModel, CLIPProcessor
 
     class Clip(CLIPModel):  # type: ignore[misc]  # an untyped base
-        """transformers 5 gives outputs where torchmetrics 1.9 expects the features in them."""
+        """CLIP model that returns features, as torchmetrics 1.9 expects. That of transformers 5 returns an output."""
 
         def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
             output = super().get_image_features(*args, **kwargs)
@@ -60,7 +60,7 @@ def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
             output = super().get_text_features(*args, **kwargs)
             return getattr(output, "pooler_output", output)
 
-    # by their names torchmetrics knows a few models only, and runs code that comes with one of them
+    # a function and no name: torchmetrics knows only a few names, and for one of them runs code that comes with it
     metric = CLIPScore(
         lambda: (Clip.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model))
     )
@@ -69,11 +69,11 @@ def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
 
 
 class FrechetDistance:
-    """Fréchet distance between the features of pictures and of real ones.
+    """Fréchet distance between the features of drawn pictures and of real ones.
 
     Args:
-        real: `(count, 3, height, width)` in 0..1; more than there are features.
-        features: From such a batch to `(count, features)`, their number in its `num_features`.
+        real: Real pictures, `(count, 3, height, width)` in 0..1, more of them than features.
+        features: Module that maps such pictures to `(count, features)`. Its `num_features` is the number of features.
 
     Raises:
         MissingPackageError: `torchmetrics` is not installed.
@@ -87,7 +87,7 @@ class FrechetDistance:
         self._metric.update(real, real=True)
 
     def __call__(self, pictures: Tensor) -> float:
-        """The distance of pictures, given as the real ones are."""
+        """Return the distance of pictures, in the same form, to the real ones."""
         self._metric.reset()
         self._metric.update(pictures, real=False)
         return float(self._metric.compute())

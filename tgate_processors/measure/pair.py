@@ -1,4 +1,4 @@
-"""One prompt, drawn by the stock and by the gated pipeline: what the gate saves there, and what it changes."""
+"""Draw one prompt with the stock and with the gated pipeline, and measure what the gate saves and changes."""
 
 import time
 import warnings
@@ -22,18 +22,18 @@ from tgate_processors.schedule import TGateConfig
 from tgate_processors.summary import Summary
 
 
-Tell = Callable[[float, str], object]  # is told which part of a run is done, and the run's name
+Tell = Callable[[float, str], object]  # takes the share of a run that is done, and the run's name
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What both pipelines draw.
+    """Request for a picture, which both pipelines draw.
 
     Args:
         prompt: What the picture shows.
         num_inference_steps: Number of denoising steps.
         call: Other arguments of the pipeline's call, such as `guidance_scale`.
-        sampler: A name of `SAMPLERS`; None: the pipeline's own.
+        sampler: Key of `SAMPLERS`. None for the pipeline's own sampler.
         seed: Seed of the noise that the picture starts from.
     """
 
@@ -44,15 +44,15 @@ class Asked:
     seed: int = 0
 
 
-@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
+@dataclass(frozen=True, eq=False)  # `==` of tensors gives no single truth value
 class Stock:
-    """What the stock pipeline drew.
+    """Run of the stock pipeline.
 
     Args:
-        asked: What it was asked for.
-        picture: `(1, 3, height, width)` in 0..1.
+        asked: Request for the picture.
+        picture: Picture that it drew, `(1, 3, height, width)` in 0..1.
         seconds: Time of the run.
-        convergence: How its cross-attention converged; None where `gate_step="auto"` could not watch it.
+        convergence: How its cross-attention converged. None if it could not be measured.
     """
 
     asked: Asked
@@ -63,15 +63,15 @@ class Stock:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """What the gated pipeline drew, and the stock pipeline's run to compare it with.
+    """Run of the gated pipeline, with the stock pipeline's run to compare it with.
 
     Args:
-        stock: The stock pipeline's run.
-        config: The gate's settings.
-        picture: `(1, 3, height, width)` in 0..1.
+        stock: Run of the stock pipeline.
+        config: Settings of the gate.
+        picture: Picture that the gated pipeline drew, `(1, 3, height, width)` in 0..1.
         seconds: Time of the gated run.
-        summary: What the gated run left out.
-        notes: What the library warned of.
+        summary: Summary of the gated run.
+        notes: Warnings that the library gave.
     """
 
     stock: Stock
@@ -100,7 +100,7 @@ class Pair:
         return float(likeness.ssim(self.picture, self.stock.picture))
 
     def plot(self) -> Any:
-        """A figure of the stock run's convergence with this gate in it; None where there is no curve.
+        """Return a figure of the stock run's convergence and of this gate. None if no convergence was measured.
 
         Raises:
             MissingPackageError: `matplotlib` is not installed.
@@ -108,7 +108,7 @@ class Pair:
         convergence, schedule = self.stock.convergence, self.summary.schedule
         if convergence is None or schedule is None:
             return None
-        figure = new_figure(6.4, 4.6)  # its words are read on a telephone too
+        figure = new_figure(6.4, 4.6)  # readable on a phone too
         axes = figure.subplots()
         after = range(schedule.gate_step, len(schedule))
         looks = [step for step in after if schedule[step].phase is Phase.PLANNING]
@@ -118,7 +118,7 @@ class Pair:
         plot_curve(convergence, axes, TGateConfig.tolerance)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.get_legend().remove()  # in a short run it would lie on the lines
+        axes.get_legend().remove()  # in a short run it would cover the lines
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         return figure
 
@@ -129,11 +129,11 @@ def draw_pair(
     """Draw a prompt with the stock and with the gated pipeline.
 
     Args:
-        pipe: A pipeline that makes images, not gated.
-        asked: What to draw.
-        config: The gate's settings.
-        last: A run of the stock pipeline, which is not run again where it was asked for the same.
-        tell: Called after every evaluation of the denoiser.
+        pipe: Pipeline that makes images, without a gate.
+        asked: Request for the picture.
+        config: Settings of the gate.
+        last: Earlier run of the stock pipeline, which is used again if its request was the same.
+        tell: Function that is called after every evaluation of the denoiser.
 
     Raises:
         ConfigError: An argument breaks its rule.
@@ -153,7 +153,7 @@ def draw_pair(
 
 
 def _draw_stock(pipe: Any, asked: Asked, tell: Tell) -> Stock:
-    # Measured first: the run that is timed is then no colder than the gated one.
+    # this comes first, to warm up the pipeline before the stock run is timed
     try:
         with _telling(pipe, "convergence", tell):
             convergence = measure_convergence(
@@ -163,7 +163,7 @@ def _draw_stock(pipe: Any, asked: Asked, tell: Tell) -> Stock:
                 seed=asked.seed,
                 **asked.call,
             )
-    except ConfigError:  # too few steps, or no cross-attention of its own
+    except ConfigError:  # too few steps, or no cross-attention
         convergence = None
     return Stock(asked, *_timed(pipe, asked, "stock run", tell, {}), convergence)
 
@@ -180,7 +180,7 @@ def _timed(
 
 @contextmanager
 def _telling(pipe: Any, name: str, tell: Tell) -> Iterator[None]:
-    """Tell of every evaluation of the denoisers; not by a callback, which PixArt's pipelines do not take."""
+    """Call `tell` after every evaluation of the denoisers, by hooks, because PixArt's pipelines take no callback."""
     done = 0
 
     def evaluated(*_: Any) -> None:

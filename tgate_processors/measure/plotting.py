@@ -1,4 +1,4 @@
-"""Figures and their colours: matplotlib is an extra, and is asked for in one place."""
+"""Figures and their colours. This module alone imports matplotlib, which is optional."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ BLUE, RED, GREY, PALE = "#2f6fb0", "#c0392b", "#8a8a92", "#b9c2cc"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of this many inches.
+    """Return an empty figure, with its size in inches.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.

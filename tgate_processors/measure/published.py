@@ -1,4 +1,4 @@
-"""The benchmark table of the original's documentation: what was run, and the four figures of each row."""
+"""Benchmark table of the original's documentation, with the settings and the published figures of each row."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,15 @@ class PublishedRow:
     """A row of the table.
 
     Args:
-        name: As it is published.
+        name: Published name.
         model: Key of `tgate_processors.measure.architectures.ARCHITECTURES`.
         tmacs: Tera multiply-accumulates of a run's Linear and Conv layers.
-        parameters: Millions that a step after the gate uses, or any step of a stock run; None: not published.
-        seconds: Of a run, on a GTX 1080 Ti.
-        fid: Of 10,000 pictures for captions of MS-COCO.
-        gate: Its settings; None: a stock run.
-        cache_interval: DeepCache's; None: it runs without.
+        parameters: Millions of parameters that a step after the gate uses, or any step of a stock run. None if they
+            were not published.
+        seconds: Time of a run on a GTX 1080 Ti.
+        fid: FID of 10,000 pictures for captions of MS-COCO.
+        gate: Settings of the gate. None for a stock run.
+        cache_interval: Interval of DeepCache. None for a run without DeepCache.
     """
 
     name: str
@@ -35,7 +36,7 @@ class PublishedRow:
 
     @property
     def way(self) -> Way:
-        """How a pipeline is run as this row's was."""
+        """Method that runs a pipeline with the settings of this row."""
         if self.cache_interval is not None:
             return ways.deep_cache(self.cache_interval, self.gate)
         return ways.stock() if self.gate is None else ways.gated(self.gate, f"gate {self.gate}")
@@ -60,7 +61,7 @@ PUBLISHED = (
     PublishedRow("LCM w/ TGATE", "lcm-sdxl", 11.171, 2024, 3.533, 25.028, _ONE),
     PublishedRow("LCM (Pixart-Alpha)", "lcm-pixart", 8.563, 611.350, 4.733, 36.086),
     PublishedRow("LCM w/ TGATE", "lcm-pixart", 7.623, 462.585, 4.543, 37.048, _ONE),
-    # README of tgate 1.0.0, whose FID is of other captions
+    # README of tgate 1.0.0, which measured FID with other captions
     PublishedRow("SD-XL w/ TGATE, second version", "sdxl", 95.988, None, 31.643, 22.917, _SDXL_2),
     PublishedRow("Pixart-Alpha w/ TGATE, second version", "pixart-alpha", 73.971, None, 36.650, 36.390, _PIXART_2),
     PublishedRow("Pixart-Sigma", "pixart-sigma", 107.766, None, 60.467, 34.278),
@@ -69,7 +70,11 @@ PUBLISHED = (
 
 
 def base_of(row: PublishedRow) -> PublishedRow:
-    """The row that a row is compared with: its stock run, DeepCache's for a gated run beside it; a stock run's own."""
+    """Return the row that a row is compared with.
+
+    A gated row is compared with the row of the same model and cache without a gate. A row without a gate is compared
+    with the model's stock run, which may be the row itself.
+    """
     stock = next(other for other in PUBLISHED if other.model == row.model)
     if row.gate is None:
         return stock
@@ -80,12 +85,12 @@ def base_of(row: PublishedRow) -> PublishedRow:
 
 @dataclass(frozen=True)
 class Counted:
-    """What is counted of a row at full size.
+    """Counts for a row at full size.
 
     Args:
-        tmacs: Of Linear and Conv layers, as published.
-        tmacs_with_attention: With attention's matrix products.
-        parameters: Millions, as published.
+        tmacs: Tera multiply-accumulates of Linear and Conv layers, as in the published table.
+        tmacs_with_attention: The same plus attention's matrix products.
+        parameters: Millions of parameters, as in the published table.
     """
 
     tmacs: float

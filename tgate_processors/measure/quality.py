@@ -1,4 +1,4 @@
-"""Drawing the same prompts many ways, and measuring what each costs in its pictures."""
+"""Draw the same prompts with many methods, and measure what each costs in its pictures."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +25,12 @@ from tgate_processors.schedule import TGateConfig
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one way drew.
+    """Pictures that one method drew.
 
     Args:
-        pictures: `(count, 3, height, width)` in 0..1.
-        macs: Multiply-accumulates of the denoiser for one picture in the mean, attention's products among them.
-        gate_steps: Where a gate that decides itself closed, run by run.
+        pictures: The pictures, `(count, 3, height, width)` in 0..1.
+        macs: Mean multiply-accumulates of the denoiser for a picture, with attention's products.
+        gate_steps: Steps at which the gate closed in each run, with `gate_step="auto"`.
     """
 
     pictures: Tensor
@@ -38,19 +38,19 @@ class Drawn:
     gate_steps: tuple[int, ...] = ()
 
 
-Arguments = Callable[[slice], dict[str, Any]]  # of the call that draws these pictures
+Arguments = Callable[[slice], dict[str, Any]]  # returns the arguments of the call that draws these pictures
 
 
 def draw(pipe: Any, way: Way, count: int, arguments: Arguments, *, batch_size: int = 1, bar: Any = None) -> Drawn:
-    """Draw `count` pictures one way.
+    """Draw pictures with one method.
 
     Args:
-        pipe: A pipeline that makes images, not gated.
-        way: Put on the pipeline for as long.
-        count: How many.
-        arguments: Gives those of the pipeline's call, prompts and generators too.
-        batch_size: Pictures in a call, of ways that do not draw each alone.
-        bar: A progress bar that counts pictures.
+        pipe: Pipeline that makes images, without a gate.
+        way: Method to apply to the pipeline while it draws.
+        count: Number of pictures.
+        arguments: Function that returns the arguments of the pipeline's call, including prompts and generators.
+        batch_size: Number of pictures in a call, for methods that can draw several together.
+        bar: Progress bar that counts pictures.
     """
     pictures, gate_steps = [], []
     batch_size = 1 if way.is_alone else batch_size
@@ -64,7 +64,7 @@ def draw(pipe: Any, way: Way, count: int, arguments: Arguments, *, batch_size: i
                 gate_steps.append(loop.run.closes_at or kwargs["num_inference_steps"])
             if bar is not None:
                 bar.update(chunk.stop - chunk.start)
-        # runs differ in their arithmetic by where they closed the gate: one of each is counted, all else being equal
+        # with equal gate steps runs do the same arithmetic, so one run of each gate step is counted
         runs = gate_steps or [0]
         macs = {}
         for gate_step in set(runs):
@@ -77,21 +77,21 @@ def draw(pipe: Any, way: Way, count: int, arguments: Arguments, *, batch_size: i
 
 @contextmanager
 def _counting(denoisers: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
-    """The multiply-accumulates of each evaluation of the denoisers."""
+    """Yield a list that collects the multiply-accumulates of each evaluation of the denoisers."""
     counted: list[int] = []
     counter = FlopCounterMode(display=False)
 
     def begin(*_: Any) -> None:
-        counter.__enter__()  # type: ignore[no-untyped-call]  # of torch
+        counter.__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def end(*_: Any) -> None:
-        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
+        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in torch
         counted.append(counter.get_total_flops() // 2)
 
     hooks = [denoiser.register_forward_pre_hook(begin) for denoiser in denoisers]
     hooks += [denoiser.register_forward_hook(end, always_call=True) for denoiser in denoisers]
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # whose products are counted on every device
+        with sdpa_kernel(SDPBackend.MATH):  # the counter sees this kernel's products on every device
             yield counted
     finally:
         for hook in hooks:
@@ -100,7 +100,7 @@ def _counting(denoisers: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
 
 Scores = Mapping[str, Tensor]
 Score = Callable[[Tensor, Tensor], Scores]
-OWN = "its own"  # the sampler that a pipeline comes with
+OWN = "its own"  # name in reports of the sampler that the pipeline came with
 
 
 def compare(
@@ -114,20 +114,20 @@ def compare(
     papers: str | None = None,
     settings: dict[str, Any],
 ) -> Report:
-    """Draw every way under one sampler and measure it beside the first, the stock pipeline; one that fails says why.
+    """Draw with every method under one sampler, and compare each with the stock pipeline.
 
-    Ctrl-C ends it: the report is of the ways that are done.
+    If a method fails, its row has the error. After Ctrl-C the report covers the methods that are done.
 
     Args:
-        all_ways: The stock pipeline's first.
-        draw_way: Draws one.
-        score: Gives the scores of pictures, told the stock pictures too, by name: `(count,)` each, a boolean or a
-            number for every picture.
-        deciding: The score that the frontier is of.
-        sampler: The name of the sampler.
-        frechet: Distance of pictures to real ones; None: there are none.
-        papers: The name of the papers' gate among the ways.
-        settings: An interruption is noted here.
+        all_ways: The methods, with the stock pipeline first.
+        draw_way: Function that draws with one method.
+        score: Function of a method's pictures and the stock pictures that returns scores by name, `(count,)` each,
+            with a boolean or a number for every picture.
+        deciding: Name of the score that decides the frontier.
+        sampler: Name of the sampler.
+        frechet: Function that returns the distance of pictures to real ones. None if there are no real ones.
+        papers: Name of the method that is the papers' gate.
+        settings: Settings of the report, in which an interruption is noted.
     """
     rows: list[Row] = []
     with keeping(rows, settings):
@@ -135,7 +135,7 @@ def compare(
         for way in all_ways:
             try:
                 drawn = draw_way(way) if rows else stock
-            except Exception as error:  # a peer may fail in any way, and the others go on
+            except Exception as error:  # a peer may fail with any error; the other methods still run
                 rows.append(Row(way.name, ways.said_of(error)))
                 continue
             rows.append(
@@ -156,19 +156,19 @@ def compare(
 def under_samplers(
     pipe: Any, samplers: Sequence[str], compare_under: Callable[[str], Report], settings: dict[str, Any]
 ) -> Quality:
-    """Compare under each sampler; none: under the pipeline's own. Ctrl-C ends it as it ends `compare`.
+    """Compare the methods under each sampler. After Ctrl-C the report covers what is done.
 
     Args:
-        pipe: The pipeline.
-        samplers: Names of `SAMPLERS`.
-        compare_under: Compares under the sampler that the pipeline has then, told its name.
-        settings: How all of them are drawn, for the report.
+        pipe: Pipeline that draws.
+        samplers: Keys of `SAMPLERS`. If empty, the pipeline's own sampler.
+        compare_under: Function of the sampler's name that compares the methods, while the pipeline has this sampler.
+        settings: Settings of the report.
 
     Raises:
-        ConfigError: A sampler is not known, or does not suit the pipeline.
+        ConfigError: A sampler is unknown, or does not suit the pipeline.
     """
     names: Sequence[str | None] = samplers or [None]
-    for name in names:  # before the work
+    for name in names:  # raises before the work
         with sampler_on(pipe, name):
             pass
     reports: list[Report] = []
@@ -192,26 +192,27 @@ def quality_of_pipeline(
     only: Sequence[str] = (),
     **call_kwargs: Any,
 ) -> Quality:
-    """Draw prompts with a pipeline of one's own, each way, and compare with its stock pictures; with a progress bar.
+    """Draw prompts with any pipeline and each method, and compare with the stock pictures, with a progress bar.
 
     Args:
-        pipe: A pipeline that makes images, not gated.
-        prompts: What to draw.
+        pipe: Pipeline that makes images, without a gate.
+        prompts: Prompts to draw.
         num_inference_steps: Number of denoising steps, at least 5.
-        samplers: Names of `SAMPLERS`; none: the pipeline's own.
-        seed: Prompt i starts from the noise of `seed + i`.
-        clip: A CLIP model's folder or its name on the hub, for CLIP scores; None: likeness alone.
-        only: Parts of the names of the ways to keep; none: all that are not extra. The stock pipeline is always there.
+        samplers: Keys of `SAMPLERS`. If empty, the pipeline's own sampler.
+        seed: Seed of the noise. Prompt i starts from the noise of `seed + i`.
+        clip: Folder of a CLIP model, or its name on the hub, for CLIP scores. None measures likeness alone.
+        only: Parts of the names of the methods to run. If empty, all run that are not extra. The stock pipeline always
+            runs.
         call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
-        ConfigError: There is no prompt, too few steps, or `only` or `samplers` names nothing that there is.
+        ConfigError: `prompts` is empty, there are too few steps, or `only` or `samplers` has an unknown name.
         MissingPackageError: `torchmetrics` or `scipy` is not installed.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already.
     """
     require_prompts(prompts)
-    TGateConfig(gate_step="auto").schedule(num_inference_steps)  # says if these are too few
+    TGateConfig(gate_step="auto").schedule(num_inference_steps)  # raises if these are too few
 
     def score(pictures: Tensor, stock: Tensor) -> Scores:
         if clip is None:
@@ -243,7 +244,7 @@ def quality_of_pipeline(
 def one_by_one(
     prompts: Sequence[str], num_inference_steps: int, seed: int, call_kwargs: Mapping[str, Any]
 ) -> Arguments:
-    """The arguments of calls that draw one prompt each; prompt i starts from the noise of `seed + i`."""
+    """Return the arguments of calls that draw one prompt each. Prompt i starts from the noise of `seed + i`."""
 
     def arguments(chunk: slice) -> dict[str, Any]:
         return {
@@ -257,7 +258,7 @@ def one_by_one(
 
 
 def papers_gate(num_steps: int, *, has_unet: bool) -> str:
-    """The name of the way that the papers suggest for Stable Diffusion, or for PixArt."""
+    """Return the name of the method with the papers' gate: Stable Diffusion's for a UNet, else PixArt's."""
     return f"gate step {part_of(num_steps, _papers_share(has_unet))}"
 
 
@@ -266,12 +267,14 @@ def _papers_share(has_unet: bool) -> float:
 
 
 def part_of(num_steps: int, share: float) -> int:
-    """A share of a run in steps, at least one."""
+    """Return a share of a run as a number of steps, at least one."""
     return max(1, round(share * num_steps))
 
 
 def chosen_ways(num_steps: int, only: Sequence[str], *, has_unet: bool) -> list[Way]:
-    """Those that `only` names by parts of their names; where it is empty all that are not extra.
+    """Return the stock pipeline and the methods whose names have a part in `only`.
+
+    If `only` is empty, return all methods that are not extra.
 
     Raises:
         ConfigError: A part is in no name.
@@ -281,7 +284,7 @@ def chosen_ways(num_steps: int, only: Sequence[str], *, has_unet: bool) -> list[
 
 
 def ways_for(num_steps: int, *, has_unet: bool) -> list[Way]:
-    """The stock pipeline, the gate, its control, looks, fewer steps and peers; then those that are extra."""
+    """Return all methods: the stock pipeline, the gate, its control, looks, fewer steps and peers, then extra ones."""
 
     def at(share: float) -> int:
         return part_of(num_steps, share)

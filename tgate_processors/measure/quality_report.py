@@ -1,4 +1,4 @@
-"""What was measured of each way to run a pipeline faster, under each sampler: a report that prints and is pictured."""
+"""Report of what each method costs in pictures under each sampler, as text, as JSON and as a plot."""
 
 import math
 import textwrap
@@ -17,19 +17,19 @@ from tgate_processors.measure.intervals import Estimate, difference, estimate
 from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
 
 
-@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
+@dataclass(frozen=True, eq=False)  # `==` of tensors gives no single truth value
 class Row:
-    """What one way drew, measured picture by picture.
+    """Measurements of the pictures that one method drew.
 
     Args:
-        name: The name of the way.
-        error: Why there is no measurement; None where there is one.
-        arithmetic: Multiply-accumulates of the denoiser, attention's products among them, over the stock run's.
-        scores: By name; `(count,)` each, a boolean or a number for every picture.
-        psnr, ssim: Likeness to the stock pictures of the same seeds, `(count,)`; None for these themselves.
-        frechet: Distance to real pictures; None where there are none.
-        gate_step: The gate step of the papers' gate; None: it is something else.
-        gate_steps: Where a gate that decides itself closed, picture by picture.
+        name: Name of the method.
+        error: Reason why the measurements are missing. None if nothing failed.
+        arithmetic: Multiply-accumulates of the denoiser, with attention's products, over the stock run's.
+        scores: Scores by name, `(count,)` each, with a boolean or a number for every picture.
+        psnr, ssim: Likeness to the stock pictures of the same seeds, `(count,)`. None for the stock pictures.
+        frechet: Distance to real pictures. None if there are no real ones.
+        gate_step: Gate step, if the method is the plain gate of the papers. None for any other method.
+        gate_steps: Steps at which the gate closed for each picture, with `gate_step="auto"`.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Row:
 
     @property
     def speed_up(self) -> float:
-        """How many times less arithmetic it does than the stock run."""
+        """Arithmetic of the stock run over that of this method."""
         return 1 / self.arithmetic
 
 
 @dataclass(frozen=True)
 class Report(Shown):
-    """All rows under one sampler, the stock pipeline's first.
+    """All rows under one sampler.
 
     Args:
-        sampler: The name of the sampler.
-        deciding: The name of the score that the frontier is of.
-        rows: One for each way.
-        papers: The name of the way that others are compared with beside the stock pipeline: the papers' gate.
+        sampler: Name of the sampler.
+        deciding: Name of the score that decides the frontier.
+        rows: Rows of the methods, with the stock pipeline's first.
+        papers: Name of the method that is the papers' gate, with which others are compared too.
     """
 
     sampler: str
@@ -66,19 +66,22 @@ class Report(Shown):
 
     @cached_property
     def measured(self) -> list[Row]:
-        """The rows of ways that did not fail."""
+        """Rows of the methods that did not fail."""
         return [row for row in self.rows if row.error is None]
 
     def score(self, row: Row) -> float:
-        """The mean of the deciding score of a row."""
+        """Return the mean of the deciding score of a row."""
         return float(row.scores[self.deciding].double().mean())
 
     def to_stock(self, row: Row) -> Estimate:
-        """What the deciding score of a row is more than the stock pipeline's, picture by picture."""
+        """Return the deciding score of a row minus the stock pipeline's, paired by picture."""
         return difference(row.scores[self.deciding], self.rows[0].scores[self.deciding])
 
     def to_papers(self, row: Row) -> tuple[Estimate, Estimate] | None:
-        """What a row has more than the papers' gate: of the deciding score, and of PSNR; None without both."""
+        """Return the deciding score and the PSNR of a row minus those of the papers' gate, paired by picture.
+
+        None if either row has no PSNR, or if the row is the papers' gate itself.
+        """
         papers = self.row(self.papers)
         if papers is None or papers.psnr is None or row is papers or row.psnr is None:
             return None
@@ -86,11 +89,11 @@ class Report(Shown):
         return scores, difference(row.psnr, papers.psnr)
 
     def row(self, name: str | None) -> Row | None:
-        """The row of this name, if it was measured."""
+        """Return the row of this name. None if it was not measured."""
         return next((row for row in self.measured if row.name == name), None)
 
     def frontier(self) -> list[Row]:
-        """The rows that no other beats in the deciding score with as little arithmetic, the cheapest first."""
+        """Return the rows that no other beats in the deciding score with as little arithmetic, the cheapest first."""
         best, chosen = -math.inf, []
         for row in sorted(self.measured, key=lambda row: (row.arithmetic, -self.score(row))):
             if self.score(row) > best:
@@ -99,11 +102,11 @@ class Report(Shown):
         return chosen
 
     def gate_step(self) -> int | None:
-        """The gate step that the frontier suggests: that of the largest score less half of the arithmetic.
+        """Return the gate step with the largest score minus half of the arithmetic.
 
-        A per cent of the stock pipeline's arithmetic must buy half a point. What a gate loses is taken to fall
-        exponentially with its step, fitted to all gates by least squares: single shares are noisy. None: fewer than
-        three were drawn.
+        So one percent of the stock pipeline's arithmetic must gain half a point of the score. Single scores are noisy,
+        so the loss of a gate is taken from a curve that falls exponentially with the gate step and is fitted to all
+        gates by least squares. None if fewer than three gates were drawn.
         """
         gates = {row.gate_step: row for row in self.measured if row.gate_step is not None}
         if len(gates) < 3:
@@ -111,7 +114,7 @@ class Report(Shown):
         losses = {step: self.score(self.rows[0]) - self.score(row) for step, row in gates.items()}
 
         def fit(rate: float) -> tuple[float, float]:
-            """The sum of squares that is left, and the loss at step 0."""
+            """Return the remaining sum of squares, and the loss at step 0."""
             size = sum(loss * rate**step for step, loss in losses.items()) / sum(rate ** (2 * step) for step in losses)
             return sum((loss - size * rate**step) ** 2 for step, loss in losses.items()), size
 
@@ -142,7 +145,7 @@ class Report(Shown):
         }
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(sampler {self.sampler}, {len(self.rows)} ways)"
+        return f"{type(self).__name__}(sampler {self.sampler}, {len(self.rows)} methods)"
 
     def _parts(self) -> Iterator[str | Table]:
         has_frechet = ["Fréchet"] if any(row.frechet is not None for row in self.measured) else []
@@ -173,12 +176,12 @@ class Report(Shown):
     def _notes(self) -> Iterator[str]:
         suggested = self.gate_step()
         if suggested is not None:
-            yield f"gate step {suggested}: of the papers' gates, the largest fitted score less half of the arithmetic"
+            yield f"gate step {suggested} has the largest fitted score minus half of the arithmetic"
         for row in self.rows:
             if row.gate_steps:
                 yield (
-                    f"{row.name}: the gate closed at step {median_low(row.gate_steps)}, the middle of "
-                    f"{min(row.gate_steps)} to {max(row.gate_steps)}"
+                    f"{row.name}: the gate closed at step {median_low(row.gate_steps)} in the median run, "
+                    f"{min(row.gate_steps)} to {max(row.gate_steps)} in all"
                 )
             if row.error is not None:
                 yield f"{row.name}: {row.error}"
@@ -186,15 +189,15 @@ class Report(Shown):
 
 @dataclass(frozen=True)
 class Together:
-    """What one way costs over all samplers, prompt by prompt: the mean of what it costs under each.
+    """Results of one method over all samplers.
 
     Args:
-        name: The name of the way.
-        arithmetic: The mean.
-        scores: The mean of the deciding score under each sampler.
-        together: Its mean over all.
-        to_stock, to_papers: What it is more than that of the stock pipeline, and of the papers' gate.
-        psnr_to_papers: PSNR more than that of the papers' gate, dB.
+        name: Name of the method.
+        arithmetic: Mean arithmetic, over the stock run's.
+        scores: Mean of the deciding score under each sampler.
+        together: Mean of the deciding score over all samplers.
+        to_stock, to_papers: Deciding score minus that of the stock pipeline and of the papers' gate, paired by prompt.
+        psnr_to_papers: PSNR minus that of the papers' gate in dB, paired by prompt.
     """
 
     name: str
@@ -211,15 +214,18 @@ class Quality(Shown):
     """The reports of all samplers.
 
     Args:
-        settings: How they were drawn.
-        reports: One for each sampler, of the same prompts and ways.
+        settings: Settings of the measurement.
+        reports: Report of each sampler, all with the same prompts and methods.
     """
 
     settings: Mapping[str, Any]
     reports: Sequence[Report]
 
     def together(self) -> list[Together]:
-        """Over all samplers, of the ways that failed under none. The pictures of one prompt are one observation."""
+        """Return the results over all samplers, of the methods that failed under none.
+
+        The pictures of one prompt under all samplers are one observation.
+        """
         names = [row.name for row in self.reports[0].rows]
         return [self._together(name) for name in names if self._is_measured(name)]
 
@@ -244,7 +250,7 @@ class Quality(Shown):
         return [(report, row) for report in self.reports if (row := report.row(name)) is not None]
 
     def _scores(self, name: str) -> Tensor:
-        """The deciding scores, `(samplers, count)`."""
+        """Return the deciding scores of a method, `(samplers, count)`."""
         return torch.stack([row.scores[report.deciding] for report, row in self._rows(name)])
 
     def _psnr(self, name: str) -> Tensor:
@@ -259,7 +265,7 @@ class Quality(Shown):
 
     def __repr__(self) -> str:
         samplers = ", ".join(report.sampler for report in self.reports)
-        return f"{type(self).__name__}({len(self.reports[0].rows)} ways under {samplers})"
+        return f"{type(self).__name__}({len(self.reports[0].rows)} methods under {samplers})"
 
     def _parts(self) -> Iterator[str | Table]:
         yield format_settings(self.settings)
@@ -290,7 +296,7 @@ class Quality(Shown):
 
 
 def plot_quality(quality: Quality, path: Path) -> None:
-    """The deciding score against arithmetic under each sampler, as a picture that stands alone.
+    """Plot the deciding score against arithmetic under each sampler, to a file.
 
     Raises:
         MissingPackageError: `matplotlib` is not installed.
@@ -309,12 +315,15 @@ def plot_quality(quality: Quality, path: Path) -> None:
         panel.set_visible(False)
     kinds = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=2 * columns, frameon=False)
-    figure.suptitle(f"What each way costs in its pictures: {format_settings(quality.settings)}", fontsize=10)
+    figure.suptitle(f"What each method costs in its pictures: {format_settings(quality.settings)}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
 def _limits(reports: Sequence[Report]) -> tuple[float, float]:
-    """The ends of the score's axis, per cent: all intervals, but nothing under three quarters of the best score."""
+    """Return the ends of the score's axis in percent.
+
+    The axis holds all intervals, but nothing below three quarters of the best score.
+    """
     scores = [report.score(row) for report in reports for row in report.measured]
     estimates = [estimate(row.scores[report.deciding]) for report in reports for row in report.measured]
     ends = [end for one in estimates for end in (one.low, one.high) if math.isfinite(end)]
@@ -354,13 +363,13 @@ def _plot_report(report: Report, axes: Any) -> None:
 
 
 def _reach(one: Estimate) -> tuple[float, float]:
-    """How far an interval goes below its mean and above it, per cent; one without an end is not drawn."""
+    """Return how far an interval reaches below and above its mean, in percent. An infinite one gives zeros."""
     below, above = one.mean - one.low, one.high - one.mean
     return (100 * max(0, below), 100 * max(0, above)) if math.isfinite(below + above) else (0, 0)
 
 
 def _write_names(report: Report, rows: Sequence[Row], axes: Any) -> None:
-    """Names beside one another above the data, each with a line to its point."""
+    """Write the rows' names next to each other above the data, each with a line to its point."""
     left, right = axes.get_xlim()
     rows = sorted(rows, key=lambda row: row.arithmetic)
     places: list[float] = []
@@ -381,17 +390,17 @@ def _write_names(report: Report, rows: Sequence[Row], axes: Any) -> None:
         )
 
 
-KINDS = {  # by how a way's name begins: colour, marker, label
+KINDS = {  # beginning of a method's name: colour, marker, label
     "stock": ("#111111", "*", "stock"),
     "gate step": (BLUE, "o", "the gate, at each step"),
     "look": ("#1b8a5a", "D", "the gate, with looks"),
     "guidance dropped": ("#d9a441", "x", "control: guidance dropped, cross-attention computed"),
     "guidance from": ("#4bb3b3", "v", "a guidance interval"),
     "fewer steps": (RED, "s", "fewer steps"),
-    "": ("#7d5ba6", "^", "others, and with them"),
+    "": ("#7d5ba6", "^", "other methods, alone or with the gate"),
 }
-NAMED_IN_PLOTS = ("stock", "look", "fewer steps", "")  # and whatever is on the frontier
-NAME_WIDTH = 0.02  # of the axes, for a name that is written upwards
+NAMED_IN_PLOTS = ("stock", "look", "fewer steps", "")  # kinds that are named even if they are not on the frontier
+NAME_WIDTH = 0.02  # share of the axes' width for a name, which is written upwards
 
 
 def _kind(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""A pipeline to be timed: a known architecture at full or reduced size with random weights, or one from disk.
+"""A pipeline to time, made of an architecture with random weights, at full or reduced size.
 
 Speed does not depend on the values of weights and prompts.
 """
@@ -19,15 +19,15 @@ from tgate_processors.schedule import TGateConfig
 
 @dataclass(frozen=True)
 class Rig:
-    """What is run, and where.
+    """Architecture, settings and device of a timed run.
 
     Args:
-        name: The name of the architecture.
-        known: The architecture; its steps and pixels are the run's.
-        config: The gate's settings.
-        batch: Pictures at once.
-        device: Such as `cpu` or `cuda`.
-        dtype: The type of weights and latents.
+        name: Name of the architecture.
+        known: Architecture, with the steps and the picture size of the run.
+        config: Settings of the gate.
+        batch: Number of pictures in a batch.
+        device: Name of the device, such as `cpu` or `cuda`.
+        dtype: Type of weights and latents.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Rig:
         if self.config.guidance_start:
             raise ConfigError(
                 f"`guidance_start` must be 0 to time the steps before the gate, got {self.config.guidance_start}. "
-                "Leave it out: these steps would be of two kinds."
+                "Leave it out, because the steps before the gate would take two different times."
             )
         if self.gate_step >= self.known.steps:
             raise ConfigError(
@@ -53,19 +53,19 @@ class Rig:
 
     @property
     def gate_step(self) -> int:
-        """The first step after the gate."""
+        """First step after the gate."""
         return self.config.schedule(self.known.steps).gate_step
 
     @cached_property
     def denoiser(self) -> Any:
-        """The stock denoiser on its device."""
+        """Stock denoiser on the rig's device."""
         torch.manual_seed(0)
         with torch.device(self.device):
             model = getattr(diffusers, self.known.denoiser).from_config(dict(self.known.config))
         return model.to(self.dtype).eval().requires_grad_(False)
 
     def pipeline(self) -> Any:
-        """A pipeline of its own around a denoiser that shares the rig's weights and nothing else."""
+        """Return a new pipeline with a denoiser that shares the rig's weights and nothing else."""
         denoiser = structural_copy(self.denoiser, lambda tensor: tensor)
         parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
         settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -85,7 +85,7 @@ class Rig:
         return pipe
 
     def call(self, steps: int | None = None) -> dict[str, Any]:
-        """The arguments of the pipeline's call."""
+        """Return the arguments of the pipeline's call."""
         known, config = self.known, self.known.config
         width = config["caption_channels" if self._is_pixart else "cross_attention_dim"]
         size = known.height // known.scale, known.width // known.scale
@@ -123,10 +123,12 @@ class Rig:
 
 
 def reduced(known: Architecture, divisor: int) -> Architecture:
-    """The same architecture with its width divided; heads keep theirs where their number can be divided instead.
+    """Return the architecture with its width divided.
+
+    The number of heads is divided too if it is a multiple of `divisor`. Then each head keeps its width.
 
     Raises:
-        ConfigError: `divisor` is no whole number of at least 1, or the architecture's width is no multiple of it.
+        ConfigError: `divisor` is no whole number of at least 1, or the architecture's width cannot be divided by it.
     """
     require_whole("reduce", divisor, least=1)
     if divisor == 1:
@@ -146,7 +148,7 @@ def reduced(known: Architecture, divisor: int) -> Architecture:
                 "Pass 2 or 5."
             )
         config["block_out_channels"] = [width // divisor for width in channels]
-        heads = config.get("attention_head_dim", 8)  # despite its name
+        heads = config.get("attention_head_dim", 8)  # the number of heads, despite its name
         if isinstance(heads, list) and not any(number % divisor for number in heads):
             config["attention_head_dim"] = [number // divisor for number in heads]
     return replace(known, config=config)

@@ -1,4 +1,4 @@
-"""What a gated run of an architecture costs beside the stock run."""
+"""Count the cost of a gated run of an architecture, and of the stock run."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,15 +16,16 @@ from tgate_processors.schedule import TGateConfig
 
 @dataclass(frozen=True)
 class RunCost(Shown):
-    """A run of one picture, gated, beside the stock run.
+    """Cost of a gated run and of the stock run, for one picture.
 
     Args:
-        steps: Denoising steps.
-        stock_macs, gated_macs: Multiply-accumulates, attention's matrix products among them.
-        stock_linear_and_conv_macs, gated_linear_and_conv_macs: Those of Linear and Conv layers alone, as published.
+        steps: Number of denoising steps.
+        stock_macs, gated_macs: Multiply-accumulates, with attention's matrix products.
+        stock_linear_and_conv_macs, gated_linear_and_conv_macs: Multiply-accumulates of Linear and Conv layers alone,
+            as in the original's table.
         parameters: Number of parameters of the denoiser.
-        parameters_without_gated: The same less those of the cross-attention layers.
-        cache_bytes: Attention output kept at the peak, in half precision.
+        parameters_without_gated: Number of parameters without those of the cross-attention layers.
+        cache_bytes: Peak size of the stored attention outputs, in half precision.
     """
 
     steps: int
@@ -38,11 +39,11 @@ class RunCost(Shown):
 
     @property
     def ratio(self) -> float:
-        """How many times less arithmetic the gated run does."""
+        """Arithmetic of the stock run over that of the gated run."""
         return self.stock_macs / self.gated_macs
 
     def as_dict(self) -> dict[str, float]:
-        """The fields and the ratio."""
+        """Return the fields and the ratio."""
         return asdict(self) | {"ratio": self.ratio}
 
     def _parts(self) -> Iterator[Table]:
@@ -60,16 +61,16 @@ class RunCost(Shown):
 
 
 def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | None = None) -> RunCost:
-    """Count a run, gated by this library's own processors, on the meta device.
+    """Count a run on the meta device, with this library's gated processors.
 
     Args:
-        known: From `architecture`.
-        config: The gate's settings.
-        cache_interval: Beside DeepCache with this interval and branch 0, gated and stock; None is without.
+        known: Architecture, such as `architecture` returns.
+        config: Settings of the gate.
+        cache_interval: Interval of DeepCache (branch 0), in both runs. None for runs without DeepCache.
 
     Raises:
-        ConfigError: An argument breaks its rule, or `config` leaves the gate step to the run.
-        MissingPackageError: DeepCache is asked for and not installed.
+        ConfigError: An argument breaks its rule, or `config` has `gate_step="auto"`.
+        MissingPackageError: `cache_interval` is given and DeepCache is not installed.
     """
     config.require_known_gate_step()
     model = known.build()
@@ -77,7 +78,7 @@ def run_cost(known: Architecture, config: TGateConfig, *, cache_interval: int | 
     batch = 2 if known.guidance else 1
     schedule = config.schedule(known.steps, guidance=known.guidance)
     folded = [known.guidance and mode.phase.has_one_branch for mode in schedule.modes]
-    # where DeepCache's interval begins, as beside a running gate
+    # steps at which a gate makes DeepCache begin a new interval
     starts = [
         step
         for step, mode in enumerate(schedule.modes)

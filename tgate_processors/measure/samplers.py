@@ -1,4 +1,4 @@
-"""Samplers by the names that people call them: which scheduler of diffusers each is, and with which settings."""
+"""Samplers by their usual names, each with its diffusers scheduler and its settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,16 +28,16 @@ def require_sampler(name: str) -> None:
 
 @contextmanager
 def sampler_on(pipe: Any, name: str | None) -> Iterator[None]:
-    """The pipeline draws with a sampler while the context lasts; None: with the scheduler that it has.
+    """Let a pipeline draw with a sampler while the context lasts.
 
-    The sampler takes the noise levels, the spacing of the steps and the kind of prediction from that scheduler.
+    The sampler takes noise levels, spacing of the steps and kind of prediction from the pipeline's own scheduler.
 
     Args:
-        pipe: A pipeline.
-        name: A key of `SAMPLERS`.
+        pipe: Pipeline that gets the sampler.
+        name: Key of `SAMPLERS`. None for the pipeline's own scheduler.
 
     Raises:
-        ConfigError: There is no sampler of this name, or the pipeline's model cannot be drawn with it.
+        ConfigError: There is no sampler of this name, or it does not suit the pipeline.
     """
     own = pipe.scheduler
     if name is not None:
@@ -52,10 +52,10 @@ def _scheduler_for(own: Any, name: str) -> Any:
     require_sampler(name)
     class_name, settings = SAMPLERS[name]
     kinds = [kind for kind in getattr(own, "compatibles", []) if kind.__name__ == class_name]
-    # Video models of flow matching have a UniPC whose noise levels no other sampler would take from it.
+    # video models of flow matching have a UniPC scheduler, whose noise levels no other sampler can take over
     if not kinds or own.config.get("prediction_type") == "flow_prediction":
         raise ConfigError(
-            f"`sampler` must suit the pipeline's {type(own).__name__}, got {name!r}. Leave it out, for the pipeline's "
-            "own."
+            f"`sampler` must suit the pipeline's {type(own).__name__}, got {name!r}. Leave it out to use the "
+            "pipeline's own."
         )
     return kinds[0].from_config(own.config, **settings)

@@ -1,4 +1,4 @@
-"""Pictures beside one another, labelled so that they stand alone in a report."""
+"""Sheets of labelled pictures in rows and columns."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 
-MARGIN = 16  # pixels, all of these
+MARGIN = 16  # pixels, as are the next ones
 ROW_LABELS = 80
-LEAST_COLUMN = 150  # for the words below it
+LEAST_COLUMN = 150  # room for the text below a column
 LINE, TITLE_LINE = 18, 24
 INK, GREY = (20, 20, 24), (110, 110, 118)
 
@@ -21,14 +21,14 @@ def sheet(
     rows: Sequence[str] = (),
     columns: Sequence[str],
 ) -> Image.Image:
-    """Rows of pictures of one size, under a title and above what each column shows.
+    """Return a sheet of pictures of one size, with a title above and a caption below each column.
 
     Args:
-        pictures: Row by row.
-        title: What is to be seen.
-        settings: How it was made.
-        rows: A word left of each row; none: no room is kept for them.
-        columns: A sentence below each column.
+        pictures: Rows of pictures.
+        title: Title of the sheet.
+        settings: Line below the title that tells how the pictures were drawn.
+        rows: Label on the left of each row. If empty, the sheet keeps no room for labels.
+        columns: Caption below each column.
     """
     width, height = pictures[0][0].size
     width = max(width, LEAST_COLUMN)

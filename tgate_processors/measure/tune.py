@@ -1,4 +1,4 @@
-"""The cheapest settings that keep a budget, with a model, a sampler and prompts of one's own."""
+"""Find the cheapest settings within a budget, for any model, sampler and prompts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,21 +24,21 @@ from tgate_processors.schedule import TGateConfig
 
 
 LEAST_STEPS = 3
-MOST_PICTURES = 6  # side by side
-# As parts of the run: the papers' gate, and looks with their intervals.
+MOST_PICTURES = 6  # in a row
+# settings to try: the plain gate at these shares of the run, and looks at (share of the run, interval)
 GATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 LOOKS = ((0.08, 6), (0.08, 4), (0.12, 4), (0.12, 3), (0.12, 2), (0.2, 5), (0.24, 4), (0.24, 3), (0.4, 6), (0.4, 3))
 
 
-@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
+@dataclass(frozen=True, eq=False)  # `==` of tensors gives no single truth value
 class Tried:
-    """What one setting costs.
+    """Measurements of one setting.
 
     Args:
-        config: The setting.
-        arithmetic: Multiply-accumulates of the denoiser, as a part of the stock run's.
-        psnr: Likeness of each picture to the stock one, in dB: `(count,)`.
-        pictures: What it drew, `(count, 3, height, width)` in 0..1.
+        config: Settings of the gate.
+        arithmetic: Multiply-accumulates of the denoiser, as a share of the stock run's.
+        psnr: Likeness (PSNR) of each picture to the stock picture in dB, `(count,)`.
+        pictures: Pictures drawn with the setting, `(count, 3, height, width)` in 0..1.
     """
 
     config: TGateConfig
@@ -48,12 +48,12 @@ class Tried:
 
     @property
     def mean_psnr(self) -> float:
-        """The mean likeness in dB, by which settings are chosen."""
+        """Mean likeness in dB, by which settings are chosen."""
         return float(self.psnr.mean())
 
     @property
     def python(self) -> str:
-        """The line that gates a pipeline with it."""
+        """Line of Python that gates a pipeline with this setting."""
         return f"tgate = apply_tgate(pipe, TGateConfig({self.config}))"
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,14 +62,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Tuning(Shown):
-    """The settings that were tried, and which of them keep the budget.
+    """The settings that were tried, and the budget.
 
     Args:
-        settings: How they were drawn.
-        stock: The stock pictures, `(count, 3, height, width)` in 0..1.
-        tried: The settings, the cheapest first.
-        psnr: The least mean likeness to the stock pictures, in dB; None: any.
-        arithmetic: The most arithmetic, as a part of the stock run's; None: any.
+        settings: Settings of the measurement.
+        stock: Stock pictures, `(count, 3, height, width)` in 0..1.
+        tried: Settings that were tried, the cheapest first.
+        psnr: Budget: least mean likeness to the stock pictures, in dB. None if there is no limit.
+        arithmetic: Budget: largest arithmetic, as a share of the stock run's. None if there is no limit.
     """
 
     settings: dict[str, Any]
@@ -79,13 +79,16 @@ class Tuning(Shown):
     arithmetic: float | None = None
 
     def keeps(self, one: Tried) -> bool:
-        """Whether a setting keeps the budget."""
+        """Return whether a setting is within the budget."""
         is_like = self.psnr is None or one.mean_psnr >= self.psnr
         return is_like and (self.arithmetic is None or one.arithmetic <= self.arithmetic)
 
     @property
     def chosen(self) -> Tried | None:
-        """The cheapest setting that keeps the budget; where likeness is not in it, the likest. None: none keeps it."""
+        """Cheapest setting within the budget. None if there is none.
+
+        If the budget has no likeness, this is the setting within it whose pictures are nearest to stock.
+        """
         kept = [one for one in self.tried if self.keeps(one)]
         if self.psnr is None:
             return max(kept, key=lambda one: one.mean_psnr, default=None)
@@ -109,36 +112,39 @@ class Tuning(Shown):
                 str(one.config),
                 f"{one.arithmetic:.2f}",
                 estimate(one.psnr).shown(1),
-                "chosen" if one is self.chosen else "kept" if self.keeps(one) else "",
+                "chosen" if one is self.chosen else "within" if self.keeps(one) else "",
             )
             for one in self.tried
         ]
-        heading = ("setting", "arithmetic", "PSNR to stock, dB", "the budget")
+        heading = ("setting", "arithmetic", "PSNR to stock, dB", "budget")
         return [format_settings(self.settings), "", Table([heading, *lines]), "", self._advice()]
 
     def _advice(self) -> str:
         if self.chosen is not None:
             return self.chosen.python
-        likest = max(self.tried, key=lambda one: one.mean_psnr)
+        nearest = max(self.tried, key=lambda one: one.mean_psnr)
         return (
-            f"no setting keeps the budget ({self.budget}): the cheapest does {self.tried[0].arithmetic:.2f} of the "
-            f"arithmetic, the likest has {likest.mean_psnr:.1f} dB"
+            f"no setting is within the budget ({self.budget}): the cheapest does {self.tried[0].arithmetic:.2f} of "
+            f"the arithmetic, the nearest to stock has {nearest.mean_psnr:.1f} dB"
         )
 
     @property
     def budget(self) -> str:
-        """The budget in words."""
+        """Budget in words."""
         parts = [f"at least {self.psnr:g} dB"] if self.psnr is not None else []
         parts += [f"at most {self.arithmetic:g} of the arithmetic"] if self.arithmetic is not None else []
         return ", ".join(parts)
 
     def pictures(self, prompts: Sequence[str]) -> Image.Image:
-        """The stock pictures above those of the setting that is chosen, or else of the likest."""
+        """Return a sheet with the stock pictures above those of the chosen setting.
+
+        If none is chosen, it shows the setting whose pictures are nearest to stock.
+        """
         shown = self.chosen or max(self.tried, key=lambda one: one.mean_psnr)
         rows = [pt_to_pil(pictures[:MOST_PICTURES] * 2 - 1) for pictures in (self.stock, shown.pictures)]
         return sheet(
             rows,
-            title=f"The stock pipeline, and TGateConfig({shown.config}): {shown.arithmetic:.0%} of the arithmetic",
+            title=f"The stock pipeline and TGateConfig({shown.config}): {shown.arithmetic:.0%} of the arithmetic",
             settings=format_settings(self.settings),
             rows=("stock", "gated"),
             columns=prompts[:MOST_PICTURES],
@@ -156,23 +162,22 @@ def tune(
     seed: int = 0,
     **call_kwargs: Any,
 ) -> Tuning:
-    """Draw a few prompts with the stock pipeline and with each setting, and choose one; with a progress bar.
+    """Draw a few prompts with the stock pipeline and with each setting, and choose a setting, with a progress bar.
 
-    Ctrl-C ends it: the choice is among the settings that are done.
+    After Ctrl-C the choice is among the settings that are done.
 
     Args:
-        pipe: A pipeline that makes images, not gated.
-        prompts: What to draw.
+        pipe: Pipeline that makes images, without a gate.
+        prompts: Prompts to draw.
         num_inference_steps: Number of denoising steps, at least 3.
-        psnr: The budget: the least mean likeness to the stock pictures, in dB.
-        arithmetic: The budget: the most arithmetic of the denoiser, as a part of the stock run's, between 0 and 1.
-            With neither `psnr` nor this there is no budget, which is an error.
-        sampler: A name of `SAMPLERS`; None: the pipeline's own.
-        seed: Prompt i starts from the noise of `seed + i`.
+        psnr: Budget: least mean likeness to the stock pictures, in dB. `psnr` or `arithmetic` must be given.
+        arithmetic: Budget: largest arithmetic of the denoiser, as a share of the stock run's, between 0 and 1.
+        sampler: Key of `SAMPLERS`. None for the pipeline's own sampler.
+        seed: Seed of the noise. Prompt i starts from the noise of `seed + i`.
         call_kwargs: Arguments of the pipeline's call, such as `guidance_scale`.
 
     Raises:
-        ConfigError: There is no prompt, too few steps, no budget, or an argument breaks its rule.
+        ConfigError: `prompts` is empty, no budget is given, or an argument breaks its rule.
         MissingPackageError: `torchmetrics` or `scipy` is not installed.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already.
@@ -198,23 +203,23 @@ def tune(
 
 
 def require_budget(psnr: float | None, arithmetic: float | None) -> None:
-    """Raise `ConfigError` unless there is a budget that can be kept."""
+    """Raise `ConfigError` unless a budget is given and its numbers are in range."""
     if psnr is None and arithmetic is None:
         raise ConfigError(
             "`psnr` or `arithmetic` must be given, got neither. Pass for example `psnr=32`, for at least 32 dB to the "
-            "stock pictures, or `arithmetic=0.66`, for at most this part of their arithmetic."
+            "stock pictures, or `arithmetic=0.66`, for at most this share of the stock run's arithmetic."
         )
     if psnr is not None and not (isinstance(psnr, int | float) and psnr > 0):
         raise ConfigError(f"`psnr` must be a positive number of dB, got {psnr!r}. Pass for example 32.")
     if arithmetic is not None and not (isinstance(arithmetic, int | float) and 0 < arithmetic <= 1):
         raise ConfigError(
-            f"`arithmetic` must be a part of the stock run's, between 0 and 1, got {arithmetic!r}. "
+            f"`arithmetic` must be a share of the stock run's, between 0 and 1, got {arithmetic!r}. "
             "Pass for example 0.66."
         )
 
 
 def candidates(pipe: Any, num_inference_steps: int) -> list[TGateConfig]:
-    """The settings that are tried: the papers' gate, and looks where the pipeline takes them.
+    """Return the settings to try: the plain gate, and looks if the pipeline can have them.
 
     Raises:
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
@@ -225,7 +230,7 @@ def candidates(pipe: Any, num_inference_steps: int) -> list[TGateConfig]:
     check_can_apply(pipe, plain[0])
     pairs = sorted({(part_of(num_inference_steps, share), interval) for share, interval in LOOKS})
     looks = [TGateConfig(gate_step=step, look_interval=interval) for step, interval in pairs]
-    # in a short run several settings may be the same
+    # in a short run several settings may give the same schedule
     different = {config.schedule(num_inference_steps).modes: config for config in looks if _takes(pipe, config)}
     return [*plain, *different.values()]
 
@@ -233,6 +238,6 @@ def candidates(pipe: Any, num_inference_steps: int) -> list[TGateConfig]:
 def _takes(pipe: Any, config: TGateConfig) -> bool:
     try:
         check_can_apply(pipe, config)
-    except ConfigError:  # it does no guidance to keep
+    except ConfigError:  # it has no guidance that looks could keep
         return False
     return True

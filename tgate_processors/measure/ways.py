@@ -1,4 +1,4 @@
-"""Ways to run a pipeline faster, this library's and others: each is put on for a while and taken off again."""
+"""Methods that make a pipeline faster, from this library and others. Each is a context that leaves no trace."""
 
 import importlib
 import warnings
@@ -20,19 +20,19 @@ from tgate_processors.handle import apply_tgate
 from tgate_processors.schedule import TGateConfig
 
 
-Changes = dict[str, Any]  # of the arguments of a pipeline's call
+Changes = dict[str, Any]  # arguments of a pipeline's call that a method changes
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a pipeline.
+    """A method to run a pipeline.
 
     Args:
-        name: What people call it.
-        on: Puts it on a pipeline while its context lasts, and gives the changes of the pipeline's arguments.
-        gate_step: The gate step of the papers' gate, to be compared with its like.
-        is_extra: Whether it is run only where it is asked for by name.
-        is_alone: Whether each picture is drawn by itself, since what is done depends on all that are drawn together.
+        name: Name of the method in reports.
+        on: Context manager that applies the method to a pipeline, and yields the arguments of the call to change.
+        gate_step: Gate step, if the method is the plain gate of the papers. The report fits a curve through these.
+        is_extra: Whether the method runs only if it is named.
+        is_alone: Whether each picture needs its own call, because a gate that closes itself watches a whole batch.
     """
 
     name: str
@@ -43,6 +43,8 @@ class Way:
 
 
 def stock() -> Way:
+    """Return the method that changes nothing."""
+
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
         yield {}
@@ -51,10 +53,12 @@ def stock() -> Way:
 
 
 def gated(config: TGateConfig, name: str) -> Way:
+    """Return the method that gates the pipeline, without its warnings."""
+
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what a setting costs under the sampler is being measured
+            warnings.simplefilter("ignore", UserWarning)  # they tell what a setting may cost, which is being measured
             with apply_tgate(pipe, config) as tgate:
                 yield {"callback_on_step_end": tgate} if takes_callback(pipe) else {}
 
@@ -62,7 +66,10 @@ def gated(config: TGateConfig, name: str) -> Way:
 
 
 class _DropsGuidance:
-    """Half of the batch after the gate, with cross-attention computed: what of a gain is not T-GATE's own."""
+    """Interceptor that evaluates half of the batch after the gate, and computes cross-attention.
+
+    It measures the part of the speed-up that comes from guidance, not from cross-attention.
+    """
 
     def __init__(self, pipe: Any, gate_step: int, *, first: bool) -> None:
         self.scheduler = pipe.scheduler
@@ -70,8 +77,8 @@ class _DropsGuidance:
         self.first = first
         self.evaluations = 0
 
-    # Not `recursive`: `torch.compile` of the denoiser shall compile what `forward` calls.
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # of torch
+    # not recursive, so that `torch.compile` of the denoiser still compiles what `forward` calls
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # untyped in torch
     def around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = self.evaluations % len(self.scheduler.timesteps)
         self.evaluations += 1
@@ -81,16 +88,16 @@ class _DropsGuidance:
         return _double(forward(*args, **kwargs))
 
 
-_take_half = torch.compiler.disable(take_half)  # type: ignore[no-untyped-call]  # of torch
-_double = torch.compiler.disable(double)  # type: ignore[no-untyped-call]  # of torch
+_take_half = torch.compiler.disable(take_half)  # type: ignore[no-untyped-call]  # untyped in torch
+_double = torch.compiler.disable(double)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def dropping_guidance(gate_step: int, *, first: bool = False) -> Way:
-    """One branch after the gate, and its cross-attention computed.
+    """Return the method that evaluates one branch after the gate, and computes its cross-attention.
 
     Args:
-        gate_step: Steps with both branches, of runs that evaluate each timestep of the scheduler once.
-        first: Whether the first half of the batch goes on, which is the negative branch.
+        gate_step: Number of steps with both branches. A run must evaluate each timestep of the scheduler once.
+        first: Whether the first half of the batch is evaluated, which is the negative branch.
     """
 
     @contextmanager
@@ -107,7 +114,7 @@ def dropping_guidance(gate_step: int, *, first: bool = False) -> Way:
 
 
 def fewer_steps(steps: int, config: TGateConfig | None = None) -> Way:
-    """A shorter run; with `config` gated too."""
+    """Return the method that runs fewer steps, with a gate if `config` is given."""
 
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
@@ -118,12 +125,12 @@ def fewer_steps(steps: int, config: TGateConfig | None = None) -> Way:
 
 
 def deep_cache(interval: int, config: TGateConfig | None = None) -> Way:
-    """DeepCache, of its branch 0; with `config` gated too."""
+    """Return DeepCache with its branch 0, and with a gate if `config` is given."""
 
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
         if not hasattr(pipe, "unet"):
-            raise ConfigError(f"`pipe` must have a UNet for DeepCache, got {type(pipe).__name__}. Leave this way out.")
+            raise ConfigError(f"`pipe` must have a UNet for DeepCache, got {type(pipe).__name__}. Leave it out.")
         helper = deepcache.make_helper(pipe, interval, 0)
         with deepcache.enabled(helper):
             if config is None:
@@ -136,7 +143,7 @@ def deep_cache(interval: int, config: TGateConfig | None = None) -> Way:
 
 
 def token_merging(ratio: float, config: TGateConfig | None = None) -> Way:
-    """tomesd; with `config` gated too."""
+    """Return token merging by tomesd, with a gate if `config` is given."""
 
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
@@ -152,7 +159,10 @@ def token_merging(ratio: float, config: TGateConfig | None = None) -> Way:
 
 
 def pyramid_attention_broadcast(config: TGateConfig | None = None) -> Way:
-    """diffusers' own: outputs of attention are reused for some steps, with guidance; with `config` gated too."""
+    """Return diffusers' PyramidAttentionBroadcast, with a gate if `config` is given.
+
+    It keeps guidance, and reuses the outputs of attention for some steps.
+    """
 
     @contextmanager
     def on(pipe: Any) -> Iterator[Changes]:
@@ -160,9 +170,9 @@ def pyramid_attention_broadcast(config: TGateConfig | None = None) -> Way:
         settings = PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
             cross_attention_block_skip_range=5,
-            current_timestep_callback=lambda: 500,  # so that it is on in every step
+            current_timestep_callback=lambda: 500,  # a timestep in its range, so it works in every step
         )
-        with attributes_restored(denoiser, "_diffusers_hook", "forward"):  # a hook that is taken off leaves both
+        with attributes_restored(denoiser, "_diffusers_hook", "forward"):  # `remove_hook` leaves both behind
             apply_pyramid_attention_broadcast(denoiser, settings)
             try:
                 with _gated_or_not(pipe, config) as changes:
@@ -192,7 +202,7 @@ N = TypeVar("N", bound=Named)
 
 
 def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
-    """The first, and those whose names hold one of the parts in `only`; all where it is empty.
+    """Return the first candidate, and those whose names have a part in `only`. If `only` is empty, return all.
 
     Raises:
         ConfigError: A part is in no name.
@@ -206,10 +216,10 @@ def named(candidates: Sequence[N], only: Sequence[str]) -> list[N]:
 
 
 def package(name: str) -> Any:
-    """An optional package.
+    """Import an optional package.
 
     Raises:
-        MissingPackageError: It is not installed.
+        MissingPackageError: The package is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -218,7 +228,7 @@ def package(name: str) -> Any:
 
 
 def said_of(error: Exception) -> str:
-    """What a report says of a way that failed."""
+    """Return the text of a report for a method that failed."""
     if isinstance(error, MissingPackageError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
