@@ -12,7 +12,7 @@ from tiny import fingerprint, tiny, widen
 from zoo import ENTRIES, STEPS, seeded
 from zoo_modular import MODULAR
 
-from tgate_processors import ConfigError, TGateConfig, TgateSDXLLoader, UnsupportedPipelineError, _loop, apply_tgate
+from tgate_processors import ConfigError, TGateConfig, TgateSDXLLoader, UnsupportedPipelineError, _advice, apply_tgate
 from tgate_processors import preset as preset_of
 from tgate_processors._pipelines import denoisers_of
 from tgate_processors.measure.samplers import sampler_on
