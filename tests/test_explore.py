@@ -91,7 +91,7 @@ def test_the_figure_has_the_gate_and_its_looks(pipe, pair):
     assert "looks" not in lines(pair)
     looking = draw_pair(pipe, ASKED, TGateConfig(gate_step=2, look_interval=2), last=pair.stock)
     assert lines(looking)["looks"] == 3
-    assert any(label.startswith("gate step ") and "to" not in label for label in lines(pair))
+    assert any(label.startswith("suggested gate step: ") and "to" not in label for label in lines(pair))
 
 
 def test_a_run_too_short_for_a_curve_has_none(pipe):

@@ -53,6 +53,8 @@ def plot(measured: Mapping[str, Convergence], path: Path) -> None:
         axes.axvline(papers, color=GREY, label=f"the papers' gate step: {papers}")
         plot_curve(convergence, axes, TGateConfig.tolerance)
         axes.set_ylim(0, top)
+        if not axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("")
         axes.set_title(f"{name}: {steps} steps, {convergence.settings['scheduler']}", fontsize=10, loc="left")
         axes.set_xlabel("step")
     figure.suptitle(f"Cross-attention from step to step, {len(convergence.changes)} prompts", fontsize=10)

@@ -9,7 +9,7 @@ from tgate_processors._tables import Shown, format_settings
 from tgate_processors._tables import Table as TextTable
 from tgate_processors.measure.bench import Spread
 from tgate_processors.measure.intervals import Estimate
-from tgate_processors.measure.plotting import BLUE, GREY, PALE, RED, new_figure
+from tgate_processors.measure.plotting import BLUE, GREY, ORANGE, PALE, new_figure
 from tgate_processors.measure.published import Counted, PublishedRow, base_of
 
 
@@ -173,14 +173,15 @@ def plot_table(table: Table, path: Path) -> None:
     places = range(len(rows))
     colours = [PALE if row.published.gate is None else BLUE for row in rows]
     arithmetic.barh(places, [row.counted.tmacs for row in rows], color=colours)
-    arithmetic.plot([row.published.tmacs for row in rows], places, "|", color=RED, markersize=14, label="published")
+    published: dict[str, Any] = {"color": ORANGE, "markersize": 14, "markeredgewidth": 2.5, "label": "published"}
+    arithmetic.plot([row.published.tmacs for row in rows], places, "|", **published)
     arithmetic.set_xlabel("TMACs of a run at full size, counted")
     arithmetic.set_yticks(places, [row.published.name for row in rows])
     arithmetic.invert_yaxis()
     for place, row in zip(places, rows, strict=True):
         _plot_speed_up(row.speed_up, place, colours[place], speed)
         _plot_pictures(row.pictures, place, colours[place], pictures)
-    speed.plot([row.published_speed_up for row in rows], places, "|", color=RED, markersize=14, label="published")
+    speed.plot([row.published_speed_up for row in rows], places, "|", **published)
     speed.axvline(1, color=GREY, linewidth=0.8)
     speed.set_xlabel(
         "speed-up at reduced size over the row without T-GATE\n(DeepCache's over SD-XL): median and range"

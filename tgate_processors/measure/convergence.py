@@ -326,9 +326,9 @@ def plot_curve(convergence: Convergence, axes: Any, tolerance: float) -> None:
     axes.axhline(tolerance, color=GREY, linestyle=":", label=f"tolerance {tolerance:g}")
     if median_low(gate_steps) < convergence.num_inference_steps:
         span = f" ({min(gate_steps)} to {max(gate_steps)})" if len(gate_steps) > 1 else ""
-        label = f"gate step {median_low(gate_steps)}{span}"
+        label = f"suggested gate step: {median_low(gate_steps)}{span}"
         axes.axvline(median_low(gate_steps), color=RED, linestyle="--", label=label)
     axes.set_ylabel("relative change of the output\nin a twenty-fifth of the run")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(framealpha=1, edgecolor="white", loc="upper right")  # lines end at its edge
     axes.spines[["top", "right"]].set_visible(False)

@@ -5,7 +5,7 @@ from typing import Any
 from tgate_processors.errors import MissingPackageError
 
 
-BLUE, RED, GREY, PALE = "#2f6fb0", "#c0392b", "#8a8a92", "#b9c2cc"
+BLUE, RED, ORANGE, GREY, PALE = "#2f6fb0", "#c0392b", "#f08c00", "#8a8a92", "#b9c2cc"
 
 
 def new_figure(width: float, height: float) -> Any:

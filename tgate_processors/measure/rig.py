@@ -62,7 +62,8 @@ class Rig:
         torch.manual_seed(0)
         with torch.device(self.device):
             model = getattr(diffusers, self.known.denoiser).from_config(dict(self.known.config))
-        return model.to(self.dtype).eval().requires_grad_(False)
+        # torch's own `to`, since that of diffusers warns of any dtype
+        return torch.nn.Module.to(model, self.dtype).eval().requires_grad_(False)
 
     def pipeline(self) -> Any:
         """Return a new pipeline with a denoiser that shares the rig's weights and nothing else."""
