@@ -363,11 +363,12 @@ def _pipeline_of(options: Options, device: torch.device) -> Any:
     if options.model in EMBEDDED:
         pipe = load_demo_pipeline(options.model, dtype=dtype)
     else:
-        if not options.trust_remote_code:
+        settings: dict[str, Any] = {"use_safetensors": True, DTYPE: dtype}
+        if options.trust_remote_code:
+            settings["trust_remote_code"] = True  # older diffusers warns of it where no code comes with the model
+        else:
             _require_no_code(Path(options.model))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            options.model, use_safetensors=True, trust_remote_code=options.trust_remote_code, **{DTYPE: dtype}
-        )
+        pipe = diffusers.DiffusionPipeline.from_pretrained(options.model, **settings)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
