@@ -14,7 +14,7 @@ import pytest
 
 import tgate_processors
 from tgate_processors import ConfigError, cli
-from tgate_processors.cli import main, options
+from tgate_processors.cli import main, options, running
 from tgate_processors.measure.convergence import Convergence
 from tgate_processors.measure.samplers import SAMPLERS
 
@@ -167,7 +167,7 @@ def test_no_colours(monkeypatch, capsys):
 # Before the work
 
 
-WORK = ("_pipeline_of", "load_demo_pipeline", "bench", "measure_table")
+WORK = ("pipeline_of", "load_demo_pipeline", "bench", "measure_table")
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_a_message_of_python_is_told_in_options():
         ("Call `TGateConfig(gate_step=10)`", "Call `TGateConfig(gate_step=10)`"),
         ("`height` must be even", "`height` must be even"),
     ):
-        assert options._in_options(said, generate) == expected
+        assert running._in_options(said, generate) == expected
 
 
 def test_warnings_are_lines_that_name_options(monkeypatch, capsys):
@@ -370,7 +370,7 @@ def test_what_was_measured_is_printed_where_its_picture_fails(
 # Ctrl-C
 
 
-@pytest.mark.parametrize("module", ["options", "commands"])
+@pytest.mark.parametrize("module", ["running", "commands"])
 def test_ctrl_c_while_what_the_command_needs_is_imported(module, monkeypatch, capsys):
     class Interrupts:
         def find_spec(self, name, path=None, target=None):
@@ -384,7 +384,7 @@ def test_ctrl_c_while_what_the_command_needs_is_imported(module, monkeypatch, ca
     assert capsys.readouterr().err == "tgate-processors: interrupted\n"
 
 
-@pytest.mark.parametrize("function", ["options.metadata.version", "commands._pipeline_of", "generate._draw"])
+@pytest.mark.parametrize("function", ["options.metadata.version", "commands.pipeline_of", "generate._draw"])
 def test_ctrl_c_before_anything_is_done(function, tmp_path, monkeypatch, capsys):
     presses_ctrl_c(monkeypatch, f"tgate_processors.cli.{function}", after=0)
     assert main(["generate", "a small red circle on a white background", "--out", str(tmp_path)]) == 130

@@ -171,7 +171,7 @@ def test_closing_ends_what_is_being_drawn(pipe, drawer):
 
 
 def test_a_port_that_is_taken_is_said_before_the_work(monkeypatch, capsys):
-    monkeypatch.setattr("tgate_processors.cli.commands._pipeline_of", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr("tgate_processors.cli.commands.pipeline_of", lambda *_: pytest.fail("the work has begun"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -181,7 +181,7 @@ def test_a_port_that_is_taken_is_said_before_the_work(monkeypatch, capsys):
 
 
 def test_gradio_missing_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("tgate_processors.cli.commands._pipeline_of", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr("tgate_processors.cli.commands.pipeline_of", lambda *_: pytest.fail("the work has begun"))
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["explore", "--port", str(free_port())]) == 1
     assert "pip install 'tgate-processors[explore]'" in capsys.readouterr().err

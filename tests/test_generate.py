@@ -109,7 +109,7 @@ def pipe():
 @pytest.fixture
 def loaded_once(pipe, monkeypatch):
     """The same pipeline for all of these."""
-    monkeypatch.setattr("tgate_processors.cli.commands._pipeline_of", lambda *_: pipe)
+    monkeypatch.setattr("tgate_processors.cli.commands.pipeline_of", lambda *_: pipe)
 
 
 def refused(arguments, folder, capsys):

@@ -69,8 +69,10 @@ ORDER = [
     "cli.processes",
     "cli.generate",
     "cli.explore",
+    "cli.inputs",
     "cli.commands",
     "cli.options",
+    "cli.running",
     "cli",
     "__main__",
 ]

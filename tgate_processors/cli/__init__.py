@@ -12,7 +12,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     try:
-        from tgate_processors.cli.options import run  # here, to catch Ctrl-C during the imports too
+        from tgate_processors.cli.running import run  # here, to catch Ctrl-C during the imports too
 
         return run(arguments)
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
-"""Check before the work that its results can be written, and name the file in errors."""
+"""Check before the work that its results can be written, name the file in errors, and print reports."""
 
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from os.path import lexists
@@ -92,3 +94,20 @@ def _unwritable(option: str, path: Path, error: OSError) -> str:
         f"`{option}` must be a place that can be written to, got {str(path)!r}: {error.strerror or error}. "
         "Choose another, or make room there."
     )
+
+
+def print_report(result: Any, *, as_json: bool) -> None:
+    """Print a report as text, or as one JSON object."""
+    print(json.dumps(_finite(result.as_dict()), indent=2) if as_json else result)
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, since JSON has none.
+
+    The likeness of equal pictures is infinite, and so is the interval of a single picture.
+    """
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
