@@ -55,6 +55,7 @@ ORDER = [
     "measure.likeness",
     "measure.intervals",
     "measure.quality_report",
+    "measure.quality_plot",
     "measure.quality",
     "measure.pair",
     "measure.tune",

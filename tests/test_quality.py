@@ -25,11 +25,12 @@ from tgate_processors.demo import experiments
 from tgate_processors.demo.embedded import load_demo_pipeline
 from tgate_processors.demo.evaluate import generate, held_out_scenes
 from tgate_processors.demo.world import caption
-from tgate_processors.measure import likeness, quality_report, ways
+from tgate_processors.measure import likeness, quality_plot, ways
 from tgate_processors.measure.intervals import difference, estimate
 from tgate_processors.measure.plotting import new_figure
 from tgate_processors.measure.quality import Drawn, chosen_ways, compare, draw, quality_of_pipeline, ways_for
-from tgate_processors.measure.quality_report import Quality, Report, Row, plot_quality
+from tgate_processors.measure.quality_plot import plot_quality
+from tgate_processors.measure.quality_report import Quality, Report, Row
 from tgate_processors.measure.samplers import SAMPLERS, sampler_on
 from tgate_processors.measure.ways import Way, named
 
@@ -343,7 +344,7 @@ def test_names_in_the_picture_lie_apart(tmp_path, monkeypatch):
     looks = [row(f"look: {gate}, every 5", 0.6 + gate / 1000, 0.9) for gate in range(4, 10)]
     report = Report("toy", "all", (*REPORT.rows[:2], *looks, row("gate step 1", 0.5, 0.3, gate_step=1)))
     figure = new_figure(9, 7)
-    monkeypatch.setattr(quality_report, "new_figure", lambda *size: figure)
+    monkeypatch.setattr(quality_plot, "new_figure", lambda *size: figure)
     plot_quality(Quality({"model": "toy"}, [report]), tmp_path / "plot.png")
     names = figure.axes[0].texts
     assert {name.get_text() for name in names} == {"stock", "gate step 4", *(look.name for look in looks)}

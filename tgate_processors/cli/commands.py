@@ -43,7 +43,7 @@ from tgate_processors.measure.bench import bench, plot_speed_ups
 from tgate_processors.measure.convergence import measure_convergence, plot_convergence, suggestion
 from tgate_processors.measure.interruption import INTERRUPTED
 from tgate_processors.measure.quality import quality_of_pipeline
-from tgate_processors.measure.quality_report import plot_quality
+from tgate_processors.measure.quality_plot import plot_quality
 from tgate_processors.measure.rig import Rig, reduced
 from tgate_processors.measure.samplers import require_sampler
 from tgate_processors.measure.tune import LEAST_STEPS, require_budget, tune
