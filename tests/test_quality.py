@@ -493,7 +493,15 @@ def test_clip_scores_where_a_model_is_at_hand(tmp_path):
         cosine = float(functional.cosine_similarity(output.image_embeds, output.text_embeds))
         expected.append(max(0.0, 100 * cosine))
     assert any(expected)
-    assert likeness.clip_score(pictures, prompts, str(tmp_path)).tolist() == pytest.approx(expected, abs=1e-3)
+    assert likeness.ClipScore(str(tmp_path))(pictures, prompts).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_clip_model_that_is_missing_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tgate_processors.measure.quality.draw", lambda *args, **kwargs: pytest.fail("drawing has begun")
+    )
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        quality_of_pipeline(load_demo_pipeline(), ["a small cross"], num_inference_steps=5, clip=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -33,39 +33,48 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
     return measured
 
 
-@torch.no_grad()
-def clip_score(pictures: Tensor, prompts: Sequence[str], model: str) -> Tensor:
-    """Return the CLIP score, 0 to 100, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+class ClipScore:
+    """CLIP score of pictures. Its model is loaded once.
 
     Args:
-        pictures: Pictures to score.
-        prompts: Prompt of each picture.
         model: Folder of a CLIP model, or its name on the hub.
 
     Raises:
         MissingPackageError: `torchmetrics` is not installed.
+        OSError: There is no such model.
     """
-    _functional()
-    from torchmetrics.multimodal import CLIPScore
-    from transformers import CLIPModel, CLIPProcessor
 
-    class Clip(CLIPModel):  # type: ignore[misc]  # an untyped base
-        """CLIP model that returns features, as torchmetrics 1.9 expects. That of transformers 5 returns an output."""
+    def __init__(self, model: str) -> None:
+        _functional()
+        from torchmetrics.multimodal import CLIPScore
+        from transformers import CLIPModel, CLIPProcessor
 
-        def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().get_image_features(*args, **kwargs)
-            return getattr(output, "pooler_output", output)
+        class Clip(CLIPModel):  # type: ignore[misc]  # an untyped base
+            """CLIP model that returns features, as torchmetrics 1.9 expects; transformers 5 returns an output."""
 
-        def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().get_text_features(*args, **kwargs)
-            return getattr(output, "pooler_output", output)
+            def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+                output = super().get_image_features(*args, **kwargs)
+                return getattr(output, "pooler_output", output)
 
-    # a function and no name: torchmetrics knows only a few names, and for one of them runs code that comes with it
-    metric = CLIPScore(
-        lambda: (Clip.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model))
-    )
-    pairs = zip((pictures * 255).round().to(torch.uint8), prompts, strict=True)
-    return torch.stack([metric(picture, prompt) for picture, prompt in pairs])
+            def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
+                output = super().get_text_features(*args, **kwargs)
+                return getattr(output, "pooler_output", output)
+
+        # a function and no name: torchmetrics knows only a few names, and for one of them runs code that comes with it
+        self._metric = CLIPScore(
+            lambda: (Clip.from_pretrained(model, use_safetensors=True), CLIPProcessor.from_pretrained(model))
+        )
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the score, 0 to 100, of pictures `(count, 3, height, width)` in 0..1 -> `(count,)`.
+
+        Args:
+            pictures: Pictures to score.
+            prompts: Prompt of each picture.
+        """
+        pairs = zip((pictures * 255).round().to(torch.uint8), prompts, strict=True)
+        return torch.stack([self._metric(picture, prompt) for picture, prompt in pairs])
 
 
 class FrechetDistance:

@@ -208,16 +208,18 @@ def quality_of_pipeline(
     Raises:
         ConfigError: `prompts` is empty, there are too few steps, or `only` or `samplers` has an unknown name.
         MissingPackageError: `torchmetrics` or `scipy` is not installed.
+        OSError: There is no model `clip`.
         UnsupportedPipelineError: Nothing in the pipeline can be gated.
         StateError: The pipeline is gated already.
     """
     require_prompts(prompts)
     TGateConfig(gate_step="auto").schedule(num_inference_steps)  # raises if these are too few
+    clip_score = None if clip is None else likeness.ClipScore(clip)
 
     def score(pictures: Tensor, stock: Tensor) -> Scores:
-        if clip is None:
+        if clip_score is None:
             return {"likeness": likeness.ssim(pictures, stock)}
-        return {"CLIP score": likeness.clip_score(pictures, prompts, clip) / 100}
+        return {"CLIP score": clip_score(pictures, prompts) / 100}
 
     deciding = "likeness" if clip is None else "CLIP score"
     arguments = one_by_one(prompts, num_inference_steps, seed, call_kwargs)
