@@ -21,7 +21,7 @@ KINDS = {  # beginning of a method's name: colour, marker, label
     "fewer steps": (RED, "s", "fewer steps"),
     "": ("#7d5ba6", "^", "other methods, alone or with the gate"),
 }
-NAMED_IN_PLOTS = ("stock", "look", "fewer steps", "")  # kinds that are named even if they are not on the frontier
+NAMED_IN_PLOTS = ("stock", "look", "fewer steps", "")  # kinds whose rows are all named
 NAME_WIDTH = 0.02  # share of the axes' width for a name, which is written upwards
 
 
@@ -84,7 +84,8 @@ def _plot_report(report: Report, axes: Any) -> None:
                 elinewidth=0.6,
                 label=label,
             )
-    _write_names(report, [row for row in seen if row in frontier or _kind(row) in NAMED_IN_PLOTS], axes)
+    of_interest = [report.row(report.papers), *(row for row in seen if row.gate_steps), *frontier]
+    _write_names(report, [row for row in seen if row in of_interest or _kind(row) in NAMED_IN_PLOTS], axes)
     axis = f"sampler {report.sampler}: arithmetic of the denoiser, % of the stock pipeline's"
     unseen = ", ".join(f"{row.name} {report.score(row):.1%}" for row in report.measured if row not in seen)
     axes.set_xlabel("\n".join([axis, *textwrap.wrap(f"below what is shown: {unseen}" if unseen else "", 100)]))
