@@ -354,6 +354,20 @@ def test_a_setting_that_costs_more_under_the_sampler_is_told(sampler, config, me
         apply_tgate(subject.pipe, "looks").remove()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_transformer_is_told_that_its_gate_costs_more_under_euler_ancestral():
+    """Neither a transformer under its own sampler nor a UNet is told: a warning is an error here."""
+    pixart, unet = tiny("pixart-alpha").pipe, tiny("sd").pipe
+    apply_tgate(pixart).remove()
+    with sampler_on(pixart, "euler-a"):
+        with pytest.warns(UserWarning, match="should be given with EulerAncestral.* on a transformer") as said:
+            apply_tgate(pixart).remove()
+        apply_tgate(pixart, TGateConfig(gate_step=0.24, look_interval=6)).remove()
+    assert [one.filename for one in said] == [__file__]
+    with sampler_on(unet, "euler-a"):
+        apply_tgate(unet).remove()
+
+
 def test_a_transformer_is_told_that_auto_was_found_on_a_unet():
     """A UNet with the same settings is told nothing: a warning is an error in these tests."""
     with pytest.warns(UserWarning, match="a count or a fraction for a transformer, as PixArtAlpha") as said:
