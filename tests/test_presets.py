@@ -354,7 +354,7 @@ def test_a_setting_that_costs_more_under_the_sampler_is_told(sampler, config, me
         apply_tgate(subject.pipe, "looks").remove()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:`look_interval` should be given")
 def test_a_transformer_is_told_that_its_gate_costs_more_under_euler_ancestral():
     """Neither a transformer under its own sampler nor a UNet is told: a warning is an error here."""
     pixart, unet = tiny("pixart-alpha").pipe, tiny("sd").pipe

@@ -35,8 +35,8 @@ def advice_on_settings(pipe: Any, config: TGateConfig) -> Iterator[str]:
     if is_ancestral and config.look_interval is None and not hasattr(pipe, "unet") and _has_cross_attention(pipe):
         yield (
             f"`look_interval` should be given with {name} on a transformer, got None: on the embedded PixArt the "
-            "papers' gate loses 13 pictures in 100 with this sampler, and `gate_step=0.24, look_interval=6` loses 4. Pass "
-            "these, or compare your pictures."
+            "papers' gate loses 13 pictures in 100 with this sampler, and `gate_step=0.24, look_interval=6` loses 4. "
+            "Pass these, or compare your pictures."
         )
     is_karras = name == "DPMSolverMultistepScheduler" and getattr(settings, "use_karras_sigmas", False)
     if config.gate_step == "auto" and (is_ancestral or is_karras):
