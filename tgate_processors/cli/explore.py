@@ -212,7 +212,7 @@ def build_page(gr: Any, drawer: Drawer, *, title: str, steps: int, prompts: Sequ
                     sampler = gr.Dropdown(_samplers_for(drawer.pipe), value=OWN, label="sampler", min_width=140)
                     seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=100)
                 if prompts:
-                    gr.Examples(list(prompts), prompt, label="prompts that the model never saw in training")
+                    gr.Examples(list(prompts), prompt, label="held-out prompts")
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     settings = {"format": "png", "interactive": False, "min_width": 140, "buttons": ["download"]}
