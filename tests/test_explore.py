@@ -1,6 +1,5 @@
 """The page of `explore`: what it draws, what it says, and that it asks nobody else for anything."""
 
-import gc
 import os
 import shutil
 import signal
@@ -8,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -202,17 +200,7 @@ NEEDS_GRADIO = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is
 NEEDS_PLAYWRIGHT = pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not installed")
 
 
-@pytest.fixture
-def gradios_loops():
-    """gradio leaves event loops open: they are collected here, where nothing minds."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
-
-
 @NEEDS_GRADIO
-@pytest.mark.usefixtures("gradios_loops")
 @pytest.mark.filterwarnings("default")  # gradio's imports warn of one another
 def test_the_page_hands_on_what_is_drawn(drawer):
     with gradio() as gr:
