@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -336,10 +337,15 @@ def test_metadata_of_something_else(metadata, said, tmp_path):
     assert said in refused(tmp_path / "x")
 
 
+READS_NO_TENSORS = pytest.mark.skipif(
+    safetensors.__version__ < "0.5", reason="an older safetensors cannot read a file without tensors"
+)
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({}, "must be a file that `save` wrote"),  # which older safetensors cannot read at all
+        pytest.param({}, "changes", marks=READS_NO_TENSORS),
         ({"x": SAVED.changes}, "changes"),
         *(({"changes": SAVED.changes.to(dtype)}, str(dtype)) for dtype in (torch.float16, torch.bool, torch.int64)),
         ({"changes": SAVED.changes.to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn"),
