@@ -50,7 +50,7 @@ def callers(but: Any = None) -> Iterator[Any]:
 def local_of(owner: Any, name: str) -> Any:
     """Return a local variable of a pipeline method that is running in this thread; None if no method has it.
 
-    If the stack has several such methods, the innermost counts. The methods of a modular pipeline are those of its blocks.
+    If several methods have it, the innermost counts. The methods of a modular pipeline are those of its blocks.
     """
     for frame, frame_owner in _frames():
         if (frame_owner is owner or isinstance(frame_owner, ModularPipelineBlocks)) and name in frame.f_locals:
