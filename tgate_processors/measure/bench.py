@@ -354,13 +354,12 @@ def plot_speed_ups(report: Report, path: Path) -> None:
         + (f"\nfailed: {', '.join(failed)}" if failed else "")
     )
     wanted = ("model", "denoiser", "pixels", "batch", "steps", "gate step", "dtype", "compiled")
-    axes.set_title(
+    figure.suptitle(
         ", ".join(f"{key} {report.settings[key]}" for key in wanted[:4])
         + "\n"
         + ", ".join(f"{key} {report.settings[key]}" for key in wanted[4:])
         + f"; {report.machine['on']}",
         fontsize=9,
-        loc="left",
     )
     figure.legend(loc="outside lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
