@@ -17,6 +17,7 @@ from packaging.version import Version
 # The toys are built and called as this release wants it. An older one cannot run some of them, gated or not.
 INSTALLED = Version(_diffusers.__version__)
 IS_OLDER = Version("0.42") > INSTALLED
+HAS_TRANSFORMERS_5 = Version(_transformers.__version__) >= Version("5")
 # What the toys count on, and an older release does otherwise.
 SINCE = {
     "DiTPipeline": "0.41",  # returns tensors, if latents are asked for

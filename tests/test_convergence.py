@@ -9,6 +9,7 @@ import safetensors
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import fingerprint, left_behind, seeded, tiny
@@ -338,7 +339,7 @@ def test_metadata_of_something_else(metadata, said, tmp_path):
 
 
 READS_NO_TENSORS = pytest.mark.skipif(
-    safetensors.__version__ < "0.5", reason="an older safetensors cannot read a file without tensors"
+    Version(safetensors.__version__) < Version("0.5"), reason="an older safetensors cannot read a file without tensors"
 )
 
 

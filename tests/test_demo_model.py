@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from at_hand import HAS_TRANSFORMERS_5
 from safetensors.torch import load_file
 
 from tgate_processors import ConfigError, MissingPackageError
@@ -22,7 +22,7 @@ from tgate_processors.demo.world import WORDS, caption, sample_scenes
 
 
 # training builds its tokenizers as transformers 5 does
-builds_tokenizers = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers is older than 5")
+builds_tokenizers = pytest.mark.skipif(not HAS_TRANSFORMERS_5, reason="transformers is older than 5")
 
 
 @builds_tokenizers

@@ -8,7 +8,7 @@ from string import ascii_lowercase
 from tempfile import TemporaryDirectory
 
 import torch
-from at_hand import diffusers, transformers
+from at_hand import HAS_TRANSFORMERS_5, diffusers, transformers
 from recorded import PixelNormaliser
 from zoo import STEPS, generators, images, make, of_pictures, register, wake
 from zoo_unets import (
@@ -338,7 +338,7 @@ LETTERS = ["<|startoftext|>", "<|endoftext|>", *(letter + end for end in ("", "<
 def tokenizer():
     """A letter is a token."""
     vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
-    if transformers.__version__ >= "5":
+    if HAS_TRANSFORMERS_5:
         return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
     with TemporaryDirectory() as folder:
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")

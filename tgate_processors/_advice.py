@@ -32,7 +32,12 @@ def advice_on_settings(pipe: Any, config: TGateConfig) -> Iterator[str]:
             'Pass for example `preset("looks")`.'
         )
     is_ancestral = name == "EulerAncestralDiscreteScheduler"
-    if is_ancestral and config.look_interval is None and not hasattr(pipe, "unet") and _has_cross_attention(pipe):
+    if (
+        is_ancestral
+        and config.look_interval is None
+        and not hasattr(pipe, "unet")
+        and any(map(cross_attention_layers, pipelines.denoisers_of(pipe)))
+    ):
         yield (
             f"`look_interval` should be given with {name} on a transformer, got None: on the embedded PixArt the "
             "papers' gate loses 13 pictures in 100 with this sampler, and `gate_step=0.24, look_interval=6` loses 4. "
@@ -59,7 +64,9 @@ def advice_on_settings(pipe: Any, config: TGateConfig) -> Iterator[str]:
         )
 
 
-def advice_after_run(run: Run, pipe: Any, changes: Sequence[Sequence[float]]) -> Iterator[Advice]:
+def advice_after_run(
+    run: Run, pipe: Any, changes: Sequence[Sequence[float]], *, drops_guidance_alone: bool
+) -> Iterator[Advice]:
     """Say why a completed run saved little or nothing.
 
     A run that failed or was cancelled gets no advice, because it might have saved something later.
@@ -68,11 +75,12 @@ def advice_after_run(run: Run, pipe: Any, changes: Sequence[Sequence[float]]) ->
         run: The run.
         pipe: Its pipeline.
         changes: Changes of the watched layers in the run, as in `Watch`.
+        drops_guidance_alone: Whether the gate drops only guidance in this pipeline.
     """
     config, steps = run.config, run.clock.num_steps
     if run.gate_step >= steps:
         yield "gate_step", _never_closed(config, steps, changes)
-    elif not _has_cross_attention(pipe):
+    elif drops_guidance_alone:
         if not run.dropped_guidance:
             yield (
                 "guidance",
@@ -88,10 +96,6 @@ def advice_after_run(run: Run, pipe: Any, changes: Sequence[Sequence[float]]) ->
         )
     elif not run.dropped_guidance:
         yield from _advice_without_guidance(config, steps, pipe)
-
-
-def _has_cross_attention(pipe: Any) -> bool:
-    return any(map(cross_attention_layers, pipelines.denoisers_of(pipe)))
 
 
 def _never_closed(config: TGateConfig, steps: int, changes: Sequence[Sequence[float]]) -> str:

@@ -226,7 +226,8 @@ class Loop:
         if not run.is_over:
             run.move_to(position)
             if run.is_over and not self._watches_all:
-                self._warn_of(advice_after_run(run, self.pipe, self.changes))
+                advice = advice_after_run(run, self.pipe, self.changes, drops_guidance_alone=self.drops_guidance_alone)
+                self._warn_of(advice)
 
     def end_step(self, step_index: int, timestep: Any) -> None:
         """Note the pipeline's callback after a step, and move the run on.

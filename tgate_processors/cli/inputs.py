@@ -1,7 +1,6 @@
 """What the options of a command stand for: prompts, the gate, the arguments of a call, and the pipeline."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,10 @@ def pipeline_of(options: Options, device: torch.device) -> Any:
 
 def _require_no_code(folder: Path) -> None:
     """Raise `ConfigError` if a pipeline's folder brings code; diffusers before 0.38 runs it without being asked."""
-    index = folder / "model_index.json"
-    parts = json.loads(index.read_text()) if index.is_file() else {}
+    parts = dict(diffusers.DiffusionPipeline.load_config(folder)) if folder.is_dir() else {}
     named = parts.pop("_class_name", None)
-    files = [folder / f"{named[0]}.py"] if isinstance(named, list) else []
-    files += [folder / name / f"{part[0]}.py" for name, part in parts.items() if isinstance(part, list)]
+    files = [folder / f"{named[0]}.py"] if isinstance(named, list) and named else []
+    files += [folder / name / f"{part[0]}.py" for name, part in parts.items() if isinstance(part, list) and part]
     for file in filter(Path.is_file, files):
         raise ConfigError(
             f"`--trust-remote-code` must be given for a model that brings its own code, got {str(file)!r}. "
